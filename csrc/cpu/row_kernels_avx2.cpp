@@ -1,0 +1,27 @@
+#include "row_table.h"
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define ISDAA_LANES 8
+
+namespace isdaa {
+namespace avx2 {
+#include "simd.h"
+#include "row_kernels.h"
+
+void fold_f32(const FoldTile<float>& p, int64_t row) { fold_row(p, row); }
+void fold_f64(const FoldTile<double>& p, int64_t row) { fold_row(p, row); }
+void gradient_f32(const GradientTile<float>& p, int64_t row) { gradient_row(p, row); }
+void gradient_f64(const GradientTile<double>& p, int64_t row) { gradient_row(p, row); }
+}  // namespace avx2
+
+const RowTable row_table_avx2 = {"avx2", avx2::fold_f32, avx2::fold_f64, avx2::gradient_f32, avx2::gradient_f64};
+}  // namespace isdaa
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif  // x86-64

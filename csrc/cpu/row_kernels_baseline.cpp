@@ -1,0 +1,16 @@
+#include "row_table.h"
+#define ISDAA_LANES 4
+
+namespace isdaa {
+namespace baseline {
+#include "simd.h"
+#include "row_kernels.h"
+
+void fold_f32(const FoldTile<float>& p, int64_t row) { fold_row(p, row); }
+void fold_f64(const FoldTile<double>& p, int64_t row) { fold_row(p, row); }
+void gradient_f32(const GradientTile<float>& p, int64_t row) { gradient_row(p, row); }
+void gradient_f64(const GradientTile<double>& p, int64_t row) { gradient_row(p, row); }
+}  // namespace baseline
+
+const RowTable row_table_baseline = {"baseline", baseline::fold_f32, baseline::fold_f64, baseline::gradient_f32, baseline::gradient_f64};
+}  // namespace isdaa

@@ -1,0 +1,21 @@
+// What one instruction set offers; chosen once, at run time.
+#pragma once
+#include "params.h"
+
+namespace isdaa {
+
+struct RowTable {
+  const char* name;
+  void (*fold_f32)(const FoldTile<float>&, int64_t row);
+  void (*fold_f64)(const FoldTile<double>&, int64_t row);
+  void (*gradient_f32)(const GradientTile<float>&, int64_t row);
+  void (*gradient_f64)(const GradientTile<double>&, int64_t row);
+};
+
+extern const RowTable row_table_baseline;
+#if defined(__x86_64__)
+extern const RowTable row_table_avx2;
+extern const RowTable row_table_avx512;
+#endif
+
+}  // namespace isdaa

@@ -1,0 +1,28 @@
+"""C++ row kernels over tiles of logits that the library's GEMM makes: logits exist one tile at a time.
+
+The forward's products all have one shape (padded), so a token's log-prob does not depend on its neighbours. In the backward every
+token's coefficient is scaled by a power of two into [0.5, 1) and unscaled in the sums: tiny coefficients meet no denormal number.
+N tokens, D hidden size, V vocabulary.
+"""
+
+from isdaa_kernels.backends.cpu import tiles
+from isdaa_kernels.backends.cpu.backward import backward
+from isdaa_kernels.backends.cpu.forward import forward
+from isdaa_kernels.backends.cpu.plan import make_plan
+from isdaa_kernels.dispatch import Problem
+
+__all__ = ["backward", "describe", "forward", "make_plan", "refusal"]
+
+
+def refusal(problem: Problem) -> str | None:
+    if problem.device_type != "cpu":
+        return f"takes tensors on the CPU, not on {problem.device_type}"
+    if tiles.native is None:
+        return f"the compiled part is missing ({tiles.missing}); reinstall isdaa-kernels where a C++17 compiler is"
+    return None
+
+
+def describe() -> str:
+    if tiles.native is None:
+        return f"not built: {tiles.missing}"
+    return f"C++ row kernels for {tiles.native.instruction_set()}, products by torch.mm"

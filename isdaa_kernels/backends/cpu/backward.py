@@ -1,0 +1,90 @@
+"""Backward of the CPU backend: each tile of logits is recomputed (or read, where it was kept), turned into its gradient, and
+multiplied into d_hidden and d_weight.
+
+N tokens that carry a gradient, D hidden size, V vocabulary, T tokens and C vocabulary rows of a tile, K tokens with kept logits.
+"""
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from isdaa_kernels.backends.cpu.plan import make_plan
+from isdaa_kernels.backends.cpu.sums import BiasSum, HiddenSum, Upstream, WeightSum
+from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, WeightTiles, spans
+from isdaa_kernels.dispatch import Problem
+from isdaa_kernels.lm_head import Transform
+
+
+def backward(
+    problem: Problem,
+    grad_N: Tensor,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    transform: Transform,
+    ignore_index: int,
+    lse_N: Tensor,
+    kept: Tensor,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    sweep = _Sweep(problem, grad_N, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept)
+    if not make_plan(problem).split:
+        return sweep.run(problem.need_hidden, problem.need_weight, need_bias)
+    d_hidden, _, _ = sweep.run(True, False, False, tokens_outside=True)
+    _, d_weight, d_bias = sweep.run(False, problem.need_weight, need_bias)
+    return d_hidden, d_weight, d_bias
+
+
+class _Sweep:
+    """One or two walks over the tiles of the same backward."""
+
+    def __init__(self, problem, grad_N, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV):
+        scored = (targets_N != ignore_index).nonzero()[:, 0]
+        active = (grad_N.index_select(0, scored) != 0).nonzero()[:, 0]  # a coefficient of exactly 0 costs nothing
+        self.rows = scored[active]
+        self.kept_KV, self.kept_rows = kept_KV, active[active < len(kept_KV)]
+        self.hidden_ND, self.weight_VD = hidden_ND, weight_VD
+        self.dtype, self.plan, self.V = problem.compute_dtype, make_plan(problem), problem.V
+        self.upstream = Upstream(grad_N.index_select(0, self.rows).to(self.dtype))
+        self.lse_N = lse_N.index_select(0, self.rows)
+        self.kernels = RowKernels(transform, self.rows, targets_N, self.dtype)
+
+    def run(self, need_hidden: bool, need_weight: bool, need_bias: bool, tokens_outside: bool = False):
+        tile, up = self.plan.token_tile, self.upstream
+        d_hidden = HiddenSum(self.hidden_ND, self.rows, up, tile if tokens_outside else None) if need_hidden else None
+        d_weight = WeightSum(self.weight_VD, self.plan.vocab_tile, up) if need_weight else None
+        d_bias = BiasSum(self.kernels.transform.bias_V, up) if need_bias else None
+        if need_hidden or need_weight or need_bias:
+            for token, columns, g_TC, hidden_TD, weight_CD in self._gradient_tiles(tokens_outside):
+                if d_hidden is not None:
+                    d_hidden.add(token, columns, g_TC, weight_CD, last=columns[1] == self.V)
+                if d_weight is not None:
+                    d_weight.add(token, columns, g_TC, hidden_TD, last=token[1] == len(self.rows))
+                if d_bias is not None:
+                    d_bias.add(token, columns, g_TC)
+        return tuple(None if d is None else d.finish() for d in (d_hidden, d_weight, d_bias))
+
+    def _gradient_tiles(self, tokens_outside: bool):
+        """Yields (token span, vocabulary span, gradient of the product [T, C], hidden [T, D], weight [C, D])."""
+        tile, C = self.plan.token_tile, self.plan.vocab_tile
+        hidden = HiddenTiles(self.hidden_ND, self.rows, tile, self.dtype)
+        weight = WeightTiles(self.weight_VD, C, self.dtype)
+        buffer = torch.empty(tile * C, dtype=self.dtype)
+        tokens, columns = self._token_spans(), spans(self.V, C)
+        pairs = product(tokens, columns) if tokens_outside else ((t, c) for c, t in product(columns, tokens))
+        for token, column in pairs:
+            hidden_TD, weight_CD = hidden.load(*token), weight.load(*column)
+            g_TC = buffer[: len(hidden_TD) * len(weight_CD)].view(len(hidden_TD), len(weight_CD))
+            source, source_rows = g_TC, None
+            if token[0] < len(self.kept_rows):
+                source, source_rows = self.kept_KV[:, column[0] :], self.kept_rows[token[0] : token[1]]
+            else:
+                torch.mm(hidden_TD, weight_CD.T, out=g_TC)
+            self.kernels.backward_tile(source, source_rows, g_TC, token[0], column[0], self.lse_N, self.upstream.mantissa_N)
+            yield token, column, g_TC, hidden_TD, weight_CD
+
+    def _token_spans(self) -> list[tuple[int, int]]:
+        """No tile mixes tokens whose logits were kept with others."""
+        kept, tile = len(self.kept_rows), self.plan.token_tile
+        return spans(kept, tile) + [(kept + a, kept + b) for a, b in spans(len(self.rows) - kept, tile)]

@@ -1,0 +1,41 @@
+"""Forward of the CPU backend: one product a tile, folded at once into an online log-sum-exp.
+
+N tokens, D hidden size, V vocabulary, T tokens and C vocabulary rows of a tile, K tokens whose logits are kept.
+"""
+
+import torch
+from torch import Tensor
+
+from isdaa_kernels.backends.cpu.plan import FORWARD_TOKENS, make_plan
+from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, State, WeightTiles, spans
+from isdaa_kernels.dispatch import Problem
+from isdaa_kernels.lm_head import Transform
+from isdaa_kernels.targets import raise_bad_targets
+
+
+def forward(
+    problem: Problem, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, transform: Transform, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    raise_bad_targets(targets_N, problem.V, ignore_index)
+    dtype, plan = problem.compute_dtype, make_plan(problem)
+    rows = (targets_N != ignore_index).nonzero()[:, 0]
+    if len(rows) > problem.N:
+        raise ValueError(f"max_scored: expected at least the {len(rows)} targets that are scored, got {problem.N}")
+    kept_KV = torch.empty(plan.kept_tokens, problem.V, dtype=dtype)
+    hidden = HiddenTiles(hidden_ND, rows, FORWARD_TOKENS, dtype)
+    weight = WeightTiles(weight_VD, plan.vocab_tile, dtype)
+    kernels = RowKernels(transform, rows, targets_N, dtype)
+    state = State(len(rows), dtype)
+    buffer = torch.empty(FORWARD_TOKENS * plan.vocab_tile, dtype=dtype)
+    for column, column_end in spans(problem.V, plan.vocab_tile):
+        weight_CD = weight.load(column, column_end)
+        logits_TC = buffer[: FORWARD_TOKENS * len(weight_CD)].view(FORWARD_TOKENS, len(weight_CD))
+        for token, token_end in spans(len(rows), FORWARD_TOKENS):
+            torch.mm(hidden.load(token, token_end, padded=True), weight_CD.T, out=logits_TC)
+            kept_TC = kept_KV[token:token_end, column:column_end] if token_end <= len(kept_KV) else None
+            kernels.forward_tile(logits_TC[: token_end - token], token, column, state, kept_TC)
+    logprob, lse = state.finish()
+    logprob_N = torch.zeros(len(targets_N), dtype=dtype)
+    lse_N = torch.zeros(len(targets_N), dtype=torch.float64)
+    logprob_N[rows], lse_N[rows] = logprob.to(dtype), lse
+    return logprob_N, lse_N, kept_KV

@@ -1,0 +1,120 @@
+"""The gradients as they are summed tile by tile, in fp32 (fp64), rounded once; and the powers of two that keep them clear of denormals.
+
+N tokens that carry a gradient, D hidden size, V vocabulary, T tokens and C vocabulary rows of a tile.
+"""
+
+import torch
+from torch import Tensor
+
+# A token whose coefficient is this many powers of two below the largest adds 0 to d_weight and d_bias (it keeps its own d_hidden).
+# With the floor on p in the row kernels, no product of the library's GEMM is a denormal number then.
+_FAINT = {torch.float32: 48, torch.float64: 300}
+
+
+class Upstream:
+    """Coefficients of the log-probs: grad = mantissa * 2 ** exponent, 1 <= |mantissa| < 2; a non-finite one is its own mantissa."""
+
+    def __init__(self, grad_N: Tensor):
+        mantissa_N, exponent_N = torch.frexp(grad_N)
+        finite_N = torch.isfinite(grad_N)
+        exponent_N = exponent_N.long() - 1
+        self.mantissa_N = torch.where(finite_N, mantissa_N * 2, grad_N).contiguous()
+        self.top = int(exponent_N[finite_N].max()) if bool(finite_N.any()) else 0
+        exponent_N = torch.where(finite_N, exponent_N, self.top)
+        self.scale_N = torch.ldexp(torch.ones_like(grad_N), exponent_N)
+        relative_N = torch.ldexp(torch.ones_like(grad_N), exponent_N - self.top)
+        self.relative_N = torch.where(exponent_N < self.top - _FAINT[grad_N.dtype], 0, relative_N)
+
+    def unscale_(self, total: Tensor) -> Tensor:
+        """total * 2 ** top in place. Results below the smallest normal number are 0: making them would be slow on many processors."""
+        smallest = torch.finfo(total.dtype).smallest_normal
+        if self.top < -32:
+            total.masked_fill_(total.abs() < smallest * 2.0**-self.top, 0)
+        return total.mul_(2.0**self.top) if self.top else total
+
+
+class HiddenSum:
+    """d_hidden. Sums stand in the output's own first rows where the dtype allows it, else in a buffer: for all tokens, or for one
+    tile of `tile` tokens when the walk finishes a tile before it goes on."""
+
+    def __init__(self, hidden_ND: Tensor, rows_N: Tensor, upstream: Upstream, tile: int | None):
+        dtype = upstream.mantissa_N.dtype
+        self.out_ND = torch.empty(hidden_ND.shape, dtype=hidden_ND.dtype)
+        self.rows_N, self.upstream = rows_N, upstream
+        self.one_tile = tile is not None
+        in_place = hidden_ND.dtype == dtype
+        count = tile if self.one_tile else len(rows_N)
+        self.sum_ND = self.out_ND if in_place and not self.one_tile else torch.empty(count, hidden_ND.shape[1], dtype=dtype)
+        self.done: list[tuple[int, int]] = []
+
+    def _sum(self, token: tuple[int, int]) -> Tensor:
+        return self.sum_ND[: token[1] - token[0]] if self.one_tile else self.sum_ND[slice(*token)]
+
+    def add(self, token: tuple[int, int], column: tuple[int, int], g_TC: Tensor, weight_CD: Tensor, last: bool) -> None:
+        if column[0] == 0:
+            torch.mm(g_TC, weight_CD, out=self._sum(token))
+        else:
+            self._sum(token).addmm_(g_TC, weight_CD)
+        if last and self.one_tile:
+            self._write(token)
+        elif last:
+            self.done.append(token)
+
+    def _write(self, token: tuple[int, int]) -> None:
+        rows_TD = self._sum(token) * self.upstream.scale_N[slice(*token), None]
+        self.out_ND.index_copy_(0, self.rows_N[slice(*token)], rows_TD.to(self.out_ND.dtype))
+
+    def finish(self) -> Tensor:
+        # From the last tile to the first: rows_N ascends, so a row is written only where no unread sum stands.
+        for token in reversed(self.done):
+            self._write(token)
+        idle_N = torch.ones(len(self.out_ND), dtype=torch.bool)
+        idle_N[self.rows_N] = False
+        self.out_ND[idle_N] = 0
+        return self.out_ND
+
+
+class WeightSum:
+    """d_weight, one vocabulary tile after the other: summed in the output itself, or in one tile of fp32 beside a 16-bit output."""
+
+    def __init__(self, weight_VD: Tensor, tile: int, upstream: Upstream):
+        dtype = upstream.mantissa_N.dtype
+        nothing = len(upstream.mantissa_N) == 0
+        make = torch.zeros if nothing else torch.empty
+        self.out_VD = make(weight_VD.shape, dtype=weight_VD.dtype)
+        self.in_place = weight_VD.dtype == dtype
+        self.buffer_CD = None if self.in_place else torch.empty(tile, weight_VD.shape[1], dtype=dtype)
+        self.scaled_TD = torch.empty(0, dtype=dtype)
+        self.upstream = upstream
+
+    def add(self, token: tuple[int, int], column: tuple[int, int], g_TC: Tensor, hidden_TD: Tensor, last: bool) -> None:
+        out_CD = self.out_VD[slice(*column)]
+        sum_CD = out_CD if self.in_place else self.buffer_CD[: len(out_CD)]
+        if self.scaled_TD.shape[0] < len(hidden_TD):
+            self.scaled_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype)
+        scaled_TD = torch.mul(hidden_TD, self.upstream.relative_N[slice(*token), None], out=self.scaled_TD[: len(hidden_TD)])
+        if token[0] == 0:
+            torch.mm(g_TC.T, scaled_TD, out=sum_CD)
+        else:
+            sum_CD.addmm_(g_TC.T, scaled_TD)
+        if last:
+            self.upstream.unscale_(sum_CD)
+            if not self.in_place:
+                out_CD.copy_(sum_CD)
+
+    def finish(self) -> Tensor:
+        return self.out_VD
+
+
+class BiasSum:
+    """d_bias: column sums of the gradient of the product."""
+
+    def __init__(self, bias_V: Tensor, upstream: Upstream):
+        self.dtype, self.upstream = bias_V.dtype, upstream
+        self.sum_V = torch.zeros(bias_V.shape, dtype=upstream.mantissa_N.dtype)
+
+    def add(self, token: tuple[int, int], column: tuple[int, int], g_TC: Tensor) -> None:
+        self.sum_V[slice(*column)].addmv_(g_TC.T, self.upstream.relative_N[slice(*token)])
+
+    def finish(self) -> Tensor:
+        return self.upstream.unscale_(self.sum_V).to(self.dtype)

@@ -1,0 +1,69 @@
+"""Which backend runs a problem. A backend is a folder under `backends/` with the functions named in `backends/__init__.py`."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+PREFERENCE = ("cpu", "reference")
+ACCELERATED = {"cpu": ("cpu",)}  # device type -> the backends made for it; `reference` never stands in for them in silence
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that the choice of a backend, a tile and a workspace may depend on; no tensor data."""
+
+    device_type: str
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    N: int  # tokens that may be scored (max_scored)
+    D: int
+    V: int
+    need_hidden: bool = True
+    need_weight: bool = True
+    keep_logits: bool = False  # a backward will follow
+    max_workspace_mb: float | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        double = torch.float64 in (self.hidden_dtype, self.weight_dtype)
+        return torch.float64 if double else torch.float32
+
+    @classmethod
+    def of(cls, hidden_ND: Tensor, weight_VD: Tensor, max_scored: int, **flags) -> "Problem":
+        V, D = weight_VD.shape
+        return cls(hidden_ND.device.type, hidden_ND.dtype, weight_VD.dtype, max_scored, D, V, **flags)
+
+
+class NoBackend(RuntimeError):
+    """No backend takes the problem; the message holds the sentence of each."""
+
+
+def backend_module(name: str) -> ModuleType:
+    if name not in PREFERENCE:
+        raise ValueError(f"backend: expected one of {', '.join(PREFERENCE)} or None, got {name!r}")
+    return import_module(f"isdaa_kernels.backends.{name}")
+
+
+def refusal(name: str, problem: Problem) -> str | None:
+    return backend_module(name).refusal(problem)
+
+
+def select_backend(problem: Problem, name: str | None = None) -> ModuleType:
+    """The backend asked for, or the first of PREFERENCE that takes the problem. Raises NoBackend with every refusal."""
+    if name is not None:
+        reason = refusal(name, problem)
+        if reason is not None:
+            raise NoBackend(f"backend {name!r} refuses: {reason}")
+        return backend_module(name)
+    made_for_it = ACCELERATED.get(problem.device_type)
+    reasons = []
+    for candidate in made_for_it or ("reference",):
+        reason = refusal(candidate, problem)
+        if reason is None:
+            return backend_module(candidate)
+        reasons.append(f"{candidate}: {reason}")
+    hint = "; backend='reference' runs it in plain PyTorch" if made_for_it else ""
+    raise NoBackend(f"no backend takes {problem}: {'; '.join(reasons)}{hint}")

@@ -1,0 +1,54 @@
+"""What would run, and at what cost: the plan of a problem, and the word of every backend on it."""
+
+import torch
+
+from isdaa_kernels.dispatch import PREFERENCE, Problem, backend_module, refusal, select_backend
+from isdaa_kernels.workspace import Plan
+
+
+def plan(
+    N: int,
+    V: int,
+    D: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    frozen_head: bool = False,
+    frozen_hidden: bool = False,
+    max_workspace_mb: float | None = None,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
+) -> Plan:
+    """How `linear_logprob` would run forward and backward for N scored tokens, hidden size D and vocabulary V: tiles, bytes beyond
+    inputs and gradients, and matrix work in units of one product of 2 N V D flop. Pure arithmetic: allocates nothing.
+
+    Raises ValueError where max_workspace_mb (MiB) is too small, with the smallest that is enough.
+    """
+    for name, value in (("N", N), ("V", V), ("D", D)):
+        if value < 1:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    problem = Problem(
+        torch.device(device).type,
+        dtype,
+        weight_dtype or dtype,
+        N,
+        D,
+        V,
+        need_hidden=not frozen_hidden,
+        need_weight=not frozen_head,
+        keep_logits=not (frozen_head and frozen_hidden),
+        max_workspace_mb=max_workspace_mb,
+    )
+    return select_backend(problem, backend).make_plan(problem)
+
+
+def explain_backends(problem: Problem | None = None) -> str:
+    """One line a backend, in the order of preference: what was built or found, and why it would refuse `problem` (default: a small
+    fp32 problem on the CPU)."""
+    problem = problem or Problem("cpu", torch.float32, torch.float32, 1, 1, 1)
+    lines = []
+    for name in PREFERENCE:
+        reason = refusal(name, problem)
+        verdict = "takes it" if reason is None else f"refuses: {reason}"
+        lines.append(f"{name}: {backend_module(name).describe()}; {verdict}")
+    return "\n".join(lines)

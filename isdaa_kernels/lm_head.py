@@ -1,0 +1,50 @@
+"""The language-model head as one object, and the transform between its matrix product and the final logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """What turns hidden states into logits: `softcap * tanh((hidden @ weight.T + bias) * logit_scale / softcap)`.
+
+    weight [V, D] and bias [V] keep their own dtypes and are never copied. `logit_scale` multiplies (Cohere; Granite divides, so pass
+    the inverse); `softcap` is Gemma's final soft-capping. Raises ValueError for shapes and values that do not fit.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2:
+            raise ValueError(f"weight: expected [V, D], got {list(self.weight.shape)}")
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(f"bias: expected [{self.weight.shape[0]}], got {list(self.bias.shape)}")
+        if not 0 < abs(self.logit_scale) < float("inf"):
+            raise ValueError(f"logit_scale: expected a finite number other than 0, got {self.logit_scale}")
+        if self.softcap is not None and not 0 < self.softcap < float("inf"):
+            raise ValueError(f"softcap: expected a positive finite number or None, got {self.softcap}")
+
+    def requires_grad(self) -> bool:
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The head without its weight, as the backends receive it: x -> z, elementwise (formula in `linear_logprob`)."""
+
+    bias_V: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    temperature_N: Tensor | None  # takes the place of `temperature`, one value a token
+
+    def inverse_temperature(self, rows: Tensor, dtype: torch.dtype) -> Tensor | float:
+        """1 / temperature, of the tokens `rows` where each has its own."""
+        if self.temperature_N is None:
+            return 1.0 / self.temperature
+        return self.temperature_N.index_select(0, rows).to(dtype).reciprocal()

@@ -1,0 +1,148 @@
+"""What tests and benchmarks share: sample problems, the fp64 truth, the error contract, a flop counter, NaN-poisoned memory.
+
+N tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from isdaa_kernels import ops
+
+_OPERATORS = {
+    torch.ops.isdaa.linear_logprob_forward.default: ops.linear_logprob_forward._init_fn,
+    torch.ops.isdaa.linear_logprob_backward.default: ops.linear_logprob_backward._init_fn,
+}
+_PRODUCTS = {  # operator -> positions of its two factors
+    "mm": (0, 1),
+    "addmm": (1, 2),
+    "bmm": (0, 1),
+    "baddbmm": (1, 2),
+}
+
+
+@dataclass
+class Sample:
+    """A problem with its upstream gradient; `grads` runs a function of (hidden, weight, bias) and returns value and gradients."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    targets: Tensor  # [N]
+    upstream: Tensor  # [N]
+    bias: Tensor | None = None  # [V]
+
+    def grads(self, function, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """(value, d_hidden, d_weight[, d_bias]) of `function(hidden, weight, bias)`, inputs cast to `dtype` first."""
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (self.hidden, self.weight, self.bias) if x is not None]
+        value = function(leaves[0], leaves[1], leaves[2] if self.bias is not None else None)
+        value.backward(self.upstream.to(value.dtype))
+        return value.detach(), *(leaf.grad for leaf in leaves)
+
+
+def make_sample(
+    N: int,
+    D: int,
+    V: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = False,
+    ignored: float = 0.0,
+    sharpness: float = 3.0,
+    seed: int = 0,
+) -> Sample:
+    """Random states whose logits have the standard deviation `sharpness`; a share `ignored` of the targets is -100."""
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=random).to(dtype)
+    weight = (torch.randn(V, D, generator=random) * sharpness / D**0.5).to(dtype)
+    targets = torch.randint(V, (N,), generator=random)
+    targets[torch.rand(N, generator=random) < ignored] = -100
+    upstream = torch.randn(N, generator=random)
+    return Sample(hidden, weight, targets, upstream, torch.randn(V, generator=random).to(dtype) if bias else None)
+
+
+def dense_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The same numbers by autograd over dense logits, in fp32 (fp64 for fp64 inputs): truth and contender."""
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    z = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / (temperature[..., None] if isinstance(temperature, Tensor) and temperature.dim() else temperature)
+    scored = targets != ignore_index
+    picked = z.log_softmax(-1).gather(-1, targets.where(scored, 0).long()[..., None])[..., 0]
+    return picked.where(scored, 0.0)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Frobenius norm of the difference over that of the truth."""
+    difference = (value.double() - truth.double()).norm()
+    return float(difference / truth.double().norm().clamp_min(1e-300)) if truth.numel() else 0.0
+
+
+def row_errors(value: Tensor, truth: Tensor) -> Tensor:
+    """Norm of each row's difference over the norm of the true row; rows that are truly 0 must be 0 and are left out."""
+    value, truth = value.double().flatten(1), truth.double().flatten(1)
+    size = truth.norm(dim=1)
+    assert bool((value[size == 0] == 0).all()), "a row that must be 0 is not"
+    return ((value - truth).norm(dim=1) / size)[size > 0]
+
+
+def assert_error_contract(name: str, ours: Tensor, dense: Tensor, truth: Tensor, floor: float = 2e-7) -> None:
+    """Against an fp64 truth: Frobenius error at most 1.5 times that of dense PyTorch with fp32 logits, by row at the 99 % quantile at
+    most 4 times, plus a floor (a few units in the last place of fp32)."""
+    error, bar = relative_error(ours, truth), 1.5 * relative_error(dense, truth) + floor
+    assert error <= bar, f"{name}: Frobenius error {error:.2e} above {bar:.2e}"
+    if truth.dim() < 2:
+        return
+    error, bar = (row_errors(x, truth).quantile(0.99).item() for x in (ours, dense))
+    assert error <= 4 * bar + 10 * floor, f"{name}: row error {error:.2e} at the 99 % quantile against {bar:.2e} dense"
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the flop of every matrix product inside the block, also within our operators: `with FlopCounter() as c: ...; c.flop`.
+
+    Vector work and matrix-vector products are not counted. Products made by kernels that are no PyTorch operator are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in _OPERATORS:
+            with self:
+                return _OPERATORS[func](*args, **(kwargs or {}))
+        factors = _PRODUCTS.get(func._schema.name.removeprefix("aten::").removesuffix("_"))
+        if factors is not None:
+            a, b = (args[i] for i in factors)
+            self.flop += 2 * a.numel() * b.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Within the block torch.empty gives NaN (integers: their largest value), so that an output which nobody wrote shows."""
+    plain = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        fill = float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max if out.dtype != torch.bool else True
+        return out.fill_(fill)
+
+    with mock.patch.object(torch, "empty", poisoned):
+        yield

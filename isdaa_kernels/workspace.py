@@ -1,0 +1,37 @@
+"""The planner: how a call is cut into tiles, how much memory that takes, and how much matrix work it costs.
+
+N scored tokens, D hidden size, V vocabulary. A unit is one product of 2 N V D flop.
+"""
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call will run. `bytes` counts what is allocated beyond inputs, the output and the gradients themselves."""
+
+    backend: str
+    token_tile: int  # tokens of a backward tile
+    vocab_tile: int  # vocabulary rows of a tile
+    chunks: int  # tiles of the backward
+    kept_tokens: int  # tokens whose logits wait for the backward instead of being recomputed
+    split: bool  # d_hidden and d_weight in two passes, each recomputing logits, because an fp32 d_hidden did not fit
+    bytes: int
+    units: float  # matrix work of forward and backward
+
+    def __str__(self) -> str:
+        return (
+            f"{self.backend}: {self.chunks} tiles of {self.token_tile} tokens x {self.vocab_tile} vocabulary rows, "
+            f"{self.kept_tokens} tokens keep their logits, {'two passes' if self.split else 'one pass'} backward, "
+            f"{self.bytes / MIB:.1f} MiB, {self.units:.2f} units"
+        )
+
+
+def refuse_budget(max_workspace_mb: float, needed: int) -> ValueError:
+    return ValueError(f"max_workspace_mb: expected at least {needed / MIB:.1f} for this problem, got {max_workspace_mb}")
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
