@@ -3,19 +3,31 @@
 from isdaa_kernels.dispatch import NoBackend, Problem
 from isdaa_kernels.explain import explain_backends, plan
 from isdaa_kernels.linear_logprob import linear_logprob
+from isdaa_kernels.linear_preference_loss import linear_preference_loss
 from isdaa_kernels.lm_head import LMHead
+from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective, importance_sampled
+from isdaa_kernels.preference_loss import PreferenceLoss, preference_loss
+from isdaa_kernels.sequence_logprob import sequence_logprob
 from isdaa_kernels.targets import check, shift_targets
 from isdaa_kernels.workspace import Plan
 
 __version__ = "0.1.0"
 __all__ = [
+    "OBJECTIVES",
+    "ImportanceWeight",
     "LMHead",
     "NoBackend",
+    "Objective",
     "Plan",
+    "PreferenceLoss",
     "Problem",
     "check",
     "explain_backends",
+    "importance_sampled",
     "linear_logprob",
+    "linear_preference_loss",
     "plan",
+    "preference_loss",
+    "sequence_logprob",
     "shift_targets",
 ]

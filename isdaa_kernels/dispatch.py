@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 PREFERENCE = ("cpu", "reference")
-ACCELERATED = {"cpu": ("cpu",)}  # device type -> the backends made for it; `reference` never stands in for them in silence
+ACCELERATED = {
+    "cpu": ("cpu",)
+}  # device type -> the backends made for it; `reference` never stands in for them in silence
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,7 @@ def linear_logprob(
     if max_workspace_mb is not None and not max_workspace_mb > 0:
         raise ValueError(f"max_workspace_mb: expected a positive number or None, got {max_workspace_mb}")
     constant, per_token = _temperature(temperature, shape)
-    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = _autocast(hidden, weight)
     targets_N = targets.reshape(N)
     if validate:
         raise_bad_targets(targets_N, weight.shape[0], ignore_index)
@@ -102,6 +100,16 @@ def _check_tensors(hidden: Tensor, head: LMHead, targets: Tensor) -> None:
             raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != targets.device:
             raise ValueError(f"{name}: expected to be on {targets.device} as targets are, got {tensor.device}")
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    device = hidden.device.type
+    if torch.float64 in (hidden.dtype, weight.dtype) or not torch.amp.is_autocast_available(device):
+        return hidden, weight
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def _temperature(temperature: float | Tensor, shape: torch.Size) -> tuple[float, Tensor | None]:

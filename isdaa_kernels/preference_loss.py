@@ -59,8 +59,8 @@ def preference_loss(
     denominator    what the sum of the pair losses is divided by; default P. For gradient accumulation pass the number
                    of pairs of all micro-batches.
 
-    No pairs: the loss is 0, with zero gradients. A NaN reaches the loss and the gradient of its own pair alone. No host
-    sync. Raises ValueError for shapes, dtypes, devices, names and options other than these, before any work.
+    No pairs: the loss is 0, with zero gradients. A NaN reaches the loss and no gradient but that of its own pair. No
+    host sync. Raises ValueError for shapes, dtypes, devices, names and options other than these, before any work.
     """
     _check_sums(policy, reference=reference, lengths=lengths, behaviour=behaviour)
     objective, importance, options = check_preference(

@@ -40,6 +40,14 @@ def raise_bad_targets(targets_N: Tensor, V: int, ignore_index: int) -> None:
         raise ValueError(_sentence(index, int(targets_N[index]), V, ignore_index))
 
 
+def scored_rows(targets_N: Tensor, ignore_index: int, max_scored: int) -> Tensor:
+    """Indices of the targets that are scored, in their order; ValueError where `max_scored` promised fewer. For the CPU: reads a count."""
+    rows = (targets_N != ignore_index).nonzero()[:, 0]
+    if len(rows) > max_scored:
+        raise ValueError(f"max_scored: expected at least the {len(rows)} targets that are scored, got {max_scored}")
+    return rows
+
+
 def record_bad_targets(bad_N: Tensor, targets_N: Tensor) -> None:
     """Keep the first bad (index, value) in a word on the device, without a sync; `check` reads it."""
     if bad_N.numel() == 0:
@@ -55,7 +63,9 @@ def check() -> None:
     words = {device: _first_bad.pop(device).tolist() for device in list(_first_bad)}
     for device, (flag, index, value) in words.items():
         if flag:
-            raise ValueError(f"targets: {value} at index {index} on {device} is outside the vocabulary; its log-prob is NaN")
+            raise ValueError(
+                f"targets: {value} at index {index} on {device} is outside the vocabulary; its log-prob is NaN"
+            )
 
 
 def _sentence(index: int, value: int, V: int, ignore_index: int) -> str:

@@ -30,7 +30,9 @@ class Plan:
 
 
 def refuse_budget(max_workspace_mb: float, needed: int) -> ValueError:
-    return ValueError(f"max_workspace_mb: expected at least {needed / MIB:.1f} for this problem, got {max_workspace_mb}")
+    return ValueError(
+        f"max_workspace_mb: expected at least {needed / MIB:.1f} for this problem, got {max_workspace_mb}"
+    )
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -31,6 +31,8 @@ const RowTable* best() {
 
 const RowTable* chosen = best();
 
+constexpr int64_t kWorthThreads = 1 << 14;  // elements; below, waking a thread costs more than it does
+
 }  // namespace
 
 const char* instruction_set() { return chosen->name; }
@@ -47,7 +49,7 @@ bool use_instruction_set(const char* name) {
 template <typename T>
 void linear_logprob_forward_tile(const FoldTile<T>& tile) {
   const RowTable table = *chosen;
-#pragma omp parallel for schedule(static) num_threads(tile.threads)
+#pragma omp parallel for schedule(static) num_threads(tile.threads) if (tile.rows * tile.columns >= kWorthThreads)
   for (int64_t row = 0; row < tile.rows; ++row) {
     if constexpr (sizeof(T) == 4) table.fold_f32(tile, row);
     else table.fold_f64(tile, row);
@@ -57,7 +59,7 @@ void linear_logprob_forward_tile(const FoldTile<T>& tile) {
 template <typename T>
 void linear_logprob_backward_tile(const GradientTile<T>& tile) {
   const RowTable table = *chosen;
-#pragma omp parallel for schedule(static) num_threads(tile.threads)
+#pragma omp parallel for schedule(static) num_threads(tile.threads) if (tile.rows * tile.columns >= kWorthThreads)
   for (int64_t row = 0; row < tile.rows; ++row) {
     if constexpr (sizeof(T) == 4) table.gradient_f32(tile, row);
     else table.gradient_f64(tile, row);

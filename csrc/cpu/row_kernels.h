@@ -52,9 +52,10 @@ inline void fold_row(const FoldTile<float>& p, int64_t i) {
   const float tile_max = max_lanes(largest), old_max = p.running_max[i];
   const float new_max = tile_max > old_max ? tile_max : old_max;
   const float shift = new_max == lowest ? 0.0f : new_max;
-  Float sum = broadcast(0);
-  for (j = 0; j + ISDAA_LANES <= p.columns; j += ISDAA_LANES) sum += exponential(load(x + j) - shift, -87.0f);
-  if (tail) sum += exponential(load_partial(x + j, tail, lowest) - shift, -87.0f);
+  Double sum{};  // fp64: where the target has all but 1e-5 of the probability, 1 - p lives in the small terms
+  for (j = 0; j + ISDAA_LANES <= p.columns; j += ISDAA_LANES)
+    sum += __builtin_convertvector(exponential(load(x + j) - shift, -87.0f), Double);
+  if (tail) sum += __builtin_convertvector(exponential(load_partial(x + j, tail, lowest) - shift, -87.0f), Double);
   const double factor = old_max == lowest ? 0.0 : __builtin_exp((double)old_max - new_max);
   p.running_sum[i] = p.running_sum[i] * factor + sum_lanes(sum);
   p.running_max[i] = new_max;

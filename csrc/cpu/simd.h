@@ -3,6 +3,7 @@
 
 using Float = float __attribute__((vector_size(4 * ISDAA_LANES)));
 using Int = int32_t __attribute__((vector_size(4 * ISDAA_LANES)));
+using Double = double __attribute__((vector_size(8 * ISDAA_LANES)));
 
 inline Float broadcast(float x) { return x - Float{}; }
 
@@ -57,10 +58,10 @@ inline Float hyperbolic_tangent(Float x) {
   return select((Int)(x == x), y, x);
 }
 
-inline float sum_lanes(Float v) {
+inline double sum_lanes(Double v) {
   double total = 0;
   for (int i = 0; i < ISDAA_LANES; ++i) total += v[i];
-  return (float)total;
+  return total;
 }
 
 inline float max_lanes(Float v) {

@@ -81,7 +81,9 @@ class _Sweep:
                 source, source_rows = self.kept_KV[:, column[0] :], self.kept_rows[token[0] : token[1]]
             else:
                 torch.mm(hidden_TD, weight_CD.T, out=g_TC)
-            self.kernels.backward_tile(source, source_rows, g_TC, token[0], column[0], self.lse_N, self.upstream.mantissa_N)
+            self.kernels.backward_tile(
+                source, source_rows, g_TC, token[0], column[0], self.lse_N, self.upstream.mantissa_N
+            )
             yield token, column, g_TC, hidden_TD, weight_CD
 
     def _token_spans(self) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from isdaa_kernels.backends.cpu.plan import FORWARD_TOKENS, make_plan
 from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, State, WeightTiles, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
-from isdaa_kernels.targets import raise_bad_targets
+from isdaa_kernels.targets import raise_bad_targets, scored_rows
 
 
 def forward(
@@ -18,9 +18,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     raise_bad_targets(targets_N, problem.V, ignore_index)
     dtype, plan = problem.compute_dtype, make_plan(problem)
-    rows = (targets_N != ignore_index).nonzero()[:, 0]
-    if len(rows) > problem.N:
-        raise ValueError(f"max_scored: expected at least the {len(rows)} targets that are scored, got {problem.N}")
+    rows = scored_rows(targets_N, ignore_index, problem.N)
     kept_KV = torch.empty(plan.kept_tokens, problem.V, dtype=dtype)
     hidden = HiddenTiles(hidden_ND, rows, FORWARD_TOKENS, dtype)
     weight = WeightTiles(weight_VD, plan.vocab_tile, dtype)

@@ -44,7 +44,9 @@ class HiddenSum:
         self.one_tile = tile is not None
         in_place = hidden_ND.dtype == dtype
         count = tile if self.one_tile else len(rows_N)
-        self.sum_ND = self.out_ND if in_place and not self.one_tile else torch.empty(count, hidden_ND.shape[1], dtype=dtype)
+        self.sum_ND = (
+            self.out_ND if in_place and not self.one_tile else torch.empty(count, hidden_ND.shape[1], dtype=dtype)
+        )
         self.done: list[tuple[int, int]] = []
 
     def _sum(self, token: tuple[int, int]) -> Tensor:
@@ -92,7 +94,9 @@ class WeightSum:
         sum_CD = out_CD if self.in_place else self.buffer_CD[: len(out_CD)]
         if self.scaled_TD.shape[0] < len(hidden_TD):
             self.scaled_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype)
-        scaled_TD = torch.mul(hidden_TD, self.upstream.relative_N[slice(*token), None], out=self.scaled_TD[: len(hidden_TD)])
+        scaled_TD = torch.mul(
+            hidden_TD, self.upstream.relative_N[slice(*token), None], out=self.scaled_TD[: len(hidden_TD)]
+        )
         if token[0] == 0:
             torch.mm(g_TC.T, scaled_TD, out=sum_CD)
         else:

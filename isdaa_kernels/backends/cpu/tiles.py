@@ -100,7 +100,9 @@ class RowKernels:
             **self._tile(token, column, target_T),
         )
 
-    def backward_tile(self, source: Tensor, source_rows_T: Tensor | None, out_TC: Tensor, token: int, column: int, lse_N, c_N):
+    def backward_tile(
+        self, source: Tensor, source_rows_T: Tensor | None, out_TC: Tensor, token: int, column: int, lse_N, c_N
+    ):
         """The gradient of the product's tile, into out_TC, from the product's tile `source` (whose rows `source_rows_T` names)."""
         target_T = self.targets_N[token : token + len(out_TC)] - column
         getattr(native, f"backward_tile_{self.suffix}")(

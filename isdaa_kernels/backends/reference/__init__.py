@@ -8,7 +8,7 @@ from torch import Tensor
 
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
-from isdaa_kernels.targets import bad_targets, raise_bad_targets, record_bad_targets
+from isdaa_kernels.targets import bad_targets, raise_bad_targets, record_bad_targets, scored_rows
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
 
 _CHUNK_MIB = 32  # of logits, when no workspace is given
@@ -41,7 +41,7 @@ def make_plan(problem: Problem) -> Plan:
 def forward(problem, hidden_ND, weight_VD, targets_N, transform: Transform, ignore_index: int):
     dtype = problem.compute_dtype
     scored_N = targets_N != ignore_index
-    bad_N = _bad(targets_N, problem.V, ignore_index) | (scored_N & (scored_N.cumsum(0) > problem.N))
+    bad_N = _bad(targets_N, problem, ignore_index)
     logprob_N = hidden_ND.new_zeros(len(targets_N), dtype=dtype)
     lse_N = hidden_ND.new_zeros(len(targets_N), dtype=torch.float64)
     weight_VD = weight_VD.to(dtype)
@@ -117,10 +117,10 @@ def _final_logits(hidden_ND, weight_VD, transform: Transform, rows_C) -> tuple[T
 
 
 def _logsumexp64(z_CV: Tensor) -> Tensor:
-    """fp64 log-sum-exp without an fp64 copy of the logits: the maximum is exact, the sum of exponentials in their own dtype."""
+    """fp64 log-sum-exp without an fp64 copy of the logits: the maximum is exact, the exponentials are summed in fp64."""
     top_C = z_CV.amax(-1)
     top_C = torch.where(top_C == float("-inf"), 0.0, top_C)
-    return top_C.double() + (z_CV - top_C[:, None]).exp_().sum(-1).double().log()
+    return top_C.double() + (z_CV - top_C[:, None]).exp_().sum(-1, dtype=torch.float64).log()
 
 
 def _minus_lse(z_CV: Tensor, lse_C1: Tensor) -> Tensor:
@@ -129,10 +129,13 @@ def _minus_lse(z_CV: Tensor, lse_C1: Tensor) -> Tensor:
     return z_CV.sub_(high_C1).sub_((lse_C1 - high_C1).to(z_CV.dtype))
 
 
-def _bad(targets_N: Tensor, V: int, ignore_index: int) -> Tensor:
+def _bad(targets_N: Tensor, problem: Problem, ignore_index: int) -> Tensor:
+    """bool [N], all False on the CPU, which raises at once; on a device those tokens become NaN and `check` tells of the targets."""
+    bad_N = bad_targets(targets_N, problem.V, ignore_index)
     if targets_N.device.type == "cpu":
-        raise_bad_targets(targets_N, V, ignore_index)
-    bad_N = bad_targets(targets_N, V, ignore_index)
-    if targets_N.device.type != "cpu":
-        record_bad_targets(bad_N, targets_N)
-    return bad_N
+        raise_bad_targets(targets_N, problem.V, ignore_index)
+        scored_rows(targets_N, ignore_index, problem.N)
+        return bad_N
+    record_bad_targets(bad_N, targets_N)
+    scored_N = targets_N != ignore_index
+    return bad_N | (scored_N & (scored_N.cumsum(0) > problem.N))

@@ -1,0 +1,96 @@
+"""The layers import downward only, and importing the package needs no compiled part, no transformers, no triton."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import isdaa_kernels
+
+ROOT = Path(isdaa_kernels.__file__).parent
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+
+# What each module of the package may import of the package; a folder stands for all in it.
+BASE = {"lm_head", "workspace", "targets"}
+ALLOWED = {
+    "lm_head": set(),
+    "workspace": set(),
+    "targets": set(),
+    "dispatch": {"backends"},  # by name, inside a function
+    "backends": BASE | {"dispatch"},
+    "ops": {"dispatch", "lm_head"},
+    "objectives": set(),
+    "linear_logprob": {"ops", "lm_head", "targets"},
+    "sequence_logprob": {"ops"},
+    "preference_loss": {"objectives"},
+    "linear_preference_loss": {"linear_logprob", "lm_head", "objectives", "preference_loss", "sequence_logprob"},
+    "explain": {"dispatch", "workspace"},
+    "testing": {"ops"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "isdaa_kernels" else node.module for alias in node.names
+            }
+    return found
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if str(m) != "__init__.py"], ids=str)
+def test_layers(module):
+    layer = module.parts[0].removesuffix(".py")
+    for name in imports(ROOT / module):
+        if name.split(".")[0] != "isdaa_kernels" or name == "isdaa_kernels":
+            continue
+        target = name.split(".")[1]
+        if layer in ("backends", "objectives") and target == layer:
+            # A backend imports itself, never another; the compiled module is its own.
+            assert layer == "objectives" or name.split(".")[2] == module.parts[1], f"{module} imports {name}"
+            continue
+        assert target in ALLOWED[layer] or (target == "_cpu" and module.parts[:2] == ("backends", "cpu")), (
+            f"{module} imports {name}"
+        )
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.parts[0] != "backends"], ids=str)
+def test_only_torch_and_the_standard_library(module):
+    outside = {name.split(".")[0] for name in imports(ROOT / module)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "isdaa_kernels"}
+
+
+def test_the_trainer_uses_public_names_only():
+    folder = Path(__file__).parents[1] / "python" / "isdaa_trainer"
+    files = list(folder.rglob("*.py"))
+    assert files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "isdaa_kernels":
+                assert node.module == "isdaa_kernels", f"{path.name} imports {node.module}"
+                assert {alias.name for alias in node.names} <= set(isdaa_kernels.__all__)
+
+
+def test_import_needs_nothing_but_torch():
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'transformers', 'numpy', 'isdaa_kernels._cpu'): sys.modules[name] = None\n"
+        "import isdaa_kernels\n"
+        "print(isdaa_kernels.explain_backends())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cpu: not built" in done.stdout
+
+
+def test_csrc_holds_no_torch_header():
+    sources = [p for p in (ROOT.parent / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    assert sources
+    for path in sources:
+        assert not any(word in path.read_text() for word in ("<torch/", "<ATen/", "<c10/")), path

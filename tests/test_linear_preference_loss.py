@@ -1,0 +1,391 @@
+"""linear_preference_loss against dense fp64 PyTorch. Letters: N tokens, D hidden size, V vocabulary, S sequences, P pairs."""
+
+import math
+from importlib import import_module
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from isdaa_kernels.dispatch import PREFERENCE, Problem, refusal
+from isdaa_kernels.linear_preference_loss import linear_preference_loss
+from isdaa_kernels.lm_head import LMHead
+from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight
+from isdaa_kernels.preference_loss import preference_loss
+
+N, D, V, P = 41, 16, 53, 3
+# Ragged: one token alone, a sequence without tokens (row 4, so pair 1 is empty), the rest with prompts that are not scored.
+CU_SEQLENS = torch.tensor([0, 9, 10, 22, 30, 30, 41])
+PROMPTS = [3, 0, 5, 1, 0, 4]
+BACKENDS = PREFERENCE  # one that refuses is skipped with its own sentence
+
+
+def make_batch(dtype=torch.float64, seed=0, weight_scale=0.5) -> SimpleNamespace:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    targets = torch.randint(V, (N,), generator=generator)
+    for start, prompt in zip(CU_SEQLENS[:-1].tolist(), PROMPTS, strict=True):
+        targets[start : start + prompt] = -100
+    hidden, weight = normal(N, D), normal(V, D, scale=weight_scale)
+    return SimpleNamespace(
+        hidden=hidden.requires_grad_(),
+        weight=weight.requires_grad_(),
+        bias=normal(V, scale=0.3).requires_grad_(),
+        # Near the policy, so that the importance weights are on both sides of the clip.
+        reference=((hidden + normal(N, D, scale=0.3)).detach(), (weight + normal(V, D, scale=0.02)).detach()),
+        targets=targets,
+    )
+
+
+def available(backend: str, dtype: torch.dtype) -> str:
+    reason = refusal(backend, Problem("cpu", dtype, dtype, N, D, V))
+    if reason is not None:
+        pytest.skip(reason)
+    return backend
+
+
+def dense_logprob(hidden, weight, targets, bias=None, logit_scale=1.0, softcap=None, temperature=1.0):
+    """fp64 [N], 0 where the target is ignored."""
+    z = hidden.double() @ weight.double().T
+    z = (z if bias is None else z + bias.double()) * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
+    logprob = z.log_softmax(-1).gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    return logprob.where(targets >= 0, 0)
+
+
+def dense_sums(logprob_N):
+    return torch.stack([logprob_N[start:end].sum() for start, end in pairwise(CU_SEQLENS.tolist())])
+
+
+def lengths(targets):
+    return dense_sums((targets >= 0).double())
+
+
+def dense_loss(batch, objective: str):
+    """The formulas on full logits; the middle pair is empty and leaves the sum, not the denominator."""
+    policy = dense_sums(dense_logprob(batch.hidden, batch.weight, batch.targets))
+    reference = dense_sums(dense_logprob(*batch.reference, batch.targets))
+    a, b = (policy - reference)[[0, 2, 3, 5]].chunk(2)
+    if objective == "ipo_mean":
+        n_a, n_b = lengths(batch.targets)[[0, 2, 3, 5]].chunk(2)
+        return (a / n_a - b / n_b - 1 / (2 * 0.3)).square().sum() / P
+    weight = (a + b).clamp(max=2).exp().detach()
+    return -(weight * logsigmoid(0.3 * (a - b))).sum() / P
+
+
+def grads(loss, *leaves):
+    return torch.autograd.grad(loss, leaves)
+
+
+def assert_near(actual, expected, dtype):
+    """Within a few roundings of `dtype`, of the largest entry."""
+    scale = expected.abs().max().item()
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}[dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("how", ["per_token", "per_token_1N", "per_sequence", "hidden_and_weight", "hidden_and_head"])
+@pytest.mark.parametrize("objective", ["is_dpo", "ipo_mean"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_dense(backend, dtype, objective, how):
+    batch = make_batch(dtype)
+    reference_N = dense_logprob(*batch.reference, batch.targets)
+    reference = {
+        # What a caller has at ignored tokens is not ours to read.
+        "per_token": {"reference_logprob": reference_N.where(batch.targets >= 0, math.nan)},
+        "per_token_1N": {"reference_logprob": reference_N[None]},
+        "per_sequence": {"reference_logprob": dense_sums(reference_N)},
+        "hidden_and_weight": {"reference": batch.reference},
+        "hidden_and_head": {"reference": (batch.reference[0], LMHead(batch.reference[1]))},
+    }[how]
+    loss, metrics = linear_preference_loss(
+        batch.hidden,
+        batch.weight,
+        batch.targets,
+        CU_SEQLENS,
+        objective=objective,
+        beta=0.3,
+        backend=available(backend, dtype),
+        **reference,
+    )
+    expected = dense_loss(batch, objective)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["empty_pairs/count"].item() == 1
+    leaves = (batch.hidden, batch.weight)
+    for actual, dense in zip(grads(loss, *leaves), grads(expected, *leaves), strict=True):
+        assert_near(actual, dense, dtype)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_objective_is_the_composition(backend, objective):
+    batch = make_batch()
+    available(backend, torch.float64)
+    reference_S = dense_sums(dense_logprob(*batch.reference, batch.targets))
+    policy_S = dense_sums(dense_logprob(batch.hidden, batch.weight, batch.targets))
+    expected = preference_loss(policy_S, reference_S, objective=objective, lengths=lengths(batch.targets))
+    actual = linear_preference_loss(
+        batch.hidden,
+        batch.weight,
+        batch.targets,
+        CU_SEQLENS,
+        reference_logprob=reference_S,
+        objective=objective,
+        backend=backend,
+    )
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-6, atol=1e-7)
+    leaves = (batch.hidden, batch.weight)
+    for mine, dense in zip(grads(actual.loss, *leaves), grads(expected.loss, *leaves), strict=True):
+        assert_near(mine, dense, torch.float64)
+
+
+# Every argument that is passed on, all at once: dropping one changes the result.
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_reach_the_kernel_and_the_loss(backend):
+    batch = make_batch()
+    transforms = {"logit_scale": 0.7, "softcap": 5.0}
+    temperature = torch.linspace(0.8, 1.3, N, dtype=torch.float64)
+    targets = batch.targets.where(batch.targets >= 0, -7)
+    settings = {
+        "pairs": torch.tensor([[0, 3], [2, 5], [1, 3]]),
+        "importance": ImportanceWeight(epsilon=0.5, length_exponent=1.0),
+        "sample_weight": torch.tensor([1.0, 0.5, 2.0]),
+        "denominator": 7.0,
+        "label_smoothing": 0.1,
+        "beta": 0.2,
+    }
+    behaviour_N = dense_logprob(*batch.reference, batch.targets) - 0.05
+    actual = linear_preference_loss(
+        batch.hidden[None],
+        LMHead(batch.weight, batch.bias, **transforms),
+        targets[None],
+        CU_SEQLENS.int(),
+        reference=(batch.reference[0][None], LMHead(batch.reference[1], **transforms)),
+        behaviour_logprob=behaviour_N,
+        temperature=temperature[None],
+        ignore_index=-7,
+        max_scored=30,
+        max_workspace_mb=1.0,
+        backend=available(backend, torch.float64),
+        validate=True,
+        **settings,
+    )
+    dense = {**transforms, "temperature": temperature}
+    policy_N = dense_logprob(batch.hidden, batch.weight, batch.targets, bias=batch.bias, **dense)
+    expected = preference_loss(
+        dense_sums(policy_N),
+        dense_sums(dense_logprob(*batch.reference, batch.targets, **dense)),
+        behaviour=dense_sums(behaviour_N.where(batch.targets >= 0, 0)),
+        lengths=lengths(batch.targets),
+        **settings,
+    )
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-6, atol=1e-7)
+    leaves = (batch.hidden, batch.weight, batch.bias)
+    for mine, dense in zip(grads(actual.loss, *leaves), grads(expected.loss, *leaves), strict=True):
+        assert_near(mine, dense, torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_policies_have_weight_one_to_the_last_bit(backend):
+    batch = make_batch(torch.float32)
+    same = (batch.hidden.detach(), batch.weight.detach())
+    _, metrics = linear_preference_loss(
+        batch.hidden,
+        batch.weight,
+        batch.targets,
+        CU_SEQLENS,
+        reference=same,
+        backend=available(backend, torch.float32),
+    )
+    assert metrics["weight/mean"].item() == metrics["weight/max"].item() == 1.0
+    assert metrics["margin/mean"].item() == 0.0
+
+
+def test_reference_receives_no_gradient_and_builds_no_graph(monkeypatch):
+    batch, module, grad_enabled = make_batch(), import_module("isdaa_kernels.linear_preference_loss"), []
+    kernel = module.linear_logprob
+
+    def recording(*arguments, **options):
+        grad_enabled.append(torch.is_grad_enabled())
+        return kernel(*arguments, **options)
+
+    monkeypatch.setattr(module, "linear_logprob", recording)
+    reference = tuple(x.clone().requires_grad_() for x in batch.reference)
+    loss, _ = linear_preference_loss(
+        batch.hidden, batch.weight, batch.targets, CU_SEQLENS, reference=reference, backend="reference"
+    )
+    loss.backward()
+    assert grad_enabled == [False, True]
+    assert reference[0].grad is None
+    assert reference[1].grad is None
+    assert batch.hidden.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_scored_tokens_of_full_pairs_get_a_gradient(backend):
+    batch = make_batch(torch.float32)
+    loss, _ = linear_preference_loss(
+        batch.hidden,
+        batch.weight,
+        batch.targets,
+        CU_SEQLENS,
+        reference=batch.reference,
+        backend=available(backend, torch.float32),
+    )
+    loss.backward()
+    expected = batch.targets >= 0
+    expected[9:10] = False  # its partner, row 4, is empty
+    assert torch.equal(batch.hidden.grad.abs().sum(-1) > 0, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_micro_batches_with_a_denominator_add_up(backend):
+    batch = make_batch()
+    arguments = {"objective": "is_ipo", "backend": available(backend, torch.float64)}
+    reference_S = dense_sums(dense_logprob(*batch.reference, batch.targets))
+    whole, _ = linear_preference_loss(
+        batch.hidden, batch.weight, batch.targets, CU_SEQLENS, reference_logprob=reference_S, **arguments
+    )
+    bounds, total = CU_SEQLENS.tolist(), 0
+    for pair in range(P):
+        spans = [slice(bounds[row], bounds[row + 1]) for row in (pair, P + pair)]
+        ends = torch.tensor([0, *(span.stop - span.start for span in spans)]).cumsum(0)
+        loss, _ = linear_preference_loss(
+            torch.cat([batch.hidden[span] for span in spans]),
+            batch.weight,
+            torch.cat([batch.targets[span] for span in spans]),
+            ends,
+            reference_logprob=reference_S[[pair, P + pair]],
+            denominator=P,
+            **arguments,
+        )
+        total = total + loss
+    torch.testing.assert_close(total, whole)
+    leaves = (batch.hidden, batch.weight)
+    for mine, expected in zip(grads(total, *leaves), grads(whole, *leaves), strict=True):
+        assert_near(mine, expected, torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_token_reaches_no_other_pair(backend):
+    batch = make_batch(torch.float32)
+    arguments = {"reference": batch.reference, "backend": available(backend, torch.float32)}
+    clean, _ = linear_preference_loss(batch.hidden, batch.weight, batch.targets, CU_SEQLENS, **arguments)
+    (expected,) = grads(clean, batch.hidden)
+    broken = batch.hidden.detach().clone()
+    broken[20] = math.nan  # sequence 2, so pair 2: rows 2 and 5
+    broken.requires_grad_()
+    loss, _ = linear_preference_loss(broken, batch.weight, batch.targets, CU_SEQLENS, **arguments)
+    (grad,) = grads(loss, broken)
+    assert loss.isnan()
+    torch.testing.assert_close(grad[:10], expected[:10], rtol=0, atol=0)
+    torch.testing.assert_close(grad[22:30], expected[22:30], rtol=0, atol=0)
+    assert grad[20].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [0, 6])
+def test_nothing_to_score(backend, tokens):
+    available(backend, torch.float32)
+    hidden, weight = torch.randn(tokens, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    targets = torch.full((tokens,), -100)
+    cu_seqlens = torch.tensor([0, 2, 6]) if tokens else torch.tensor([0])
+    loss, metrics = linear_preference_loss(
+        hidden, weight, targets, cu_seqlens, reference=(hidden.detach(), weight.detach()), backend=backend
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert metrics["empty_pairs/count"].item() == (1 if tokens else 0)
+    assert hidden.grad.count_nonzero() == 0
+    assert weight.grad.count_nonzero() == 0
+
+
+def test_fullgraph_compile():
+    batch = make_batch(torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(linear_preference_loss, fullgraph=True, backend="aot_eager")
+    arguments = {"reference": batch.reference, "backend": "reference", "beta": 0.3}
+    results = [
+        function(batch.hidden, batch.weight, batch.targets, CU_SEQLENS, **arguments)
+        for function in (compiled, linear_preference_loss)
+    ]
+    torch.testing.assert_close(*(tuple(result) for result in results))
+    leaves = (batch.hidden, batch.weight)
+    torch.testing.assert_close(*(grads(result.loss, *leaves) for result in results))
+
+
+PER_TOKEN = torch.zeros(N)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden": torch.zeros(2, N, D)}, r"hidden: expected \[N, D\] or \[1, N, D\], got \[2, 41, 16\]"),
+        ({"hidden": torch.zeros(D)}, r"hidden: expected \[N, D\] or \[1, N, D\], got \[16\]"),
+        ({"hidden": torch.zeros(N, D + 1)}, r"hidden: expected .*16"),
+        ({"targets": torch.zeros(N - 1, dtype=torch.long)}, r"targets: expected \[41\], got \[40\]"),
+        ({"targets": torch.full((N,), V)}, r"targets: .*53"),
+        ({"cu_seqlens": CU_SEQLENS[:-1]}, r"cu_seqlens: expected non-decreasing values from 0 to 41, got \[0, 9"),
+        ({"cu_seqlens": CU_SEQLENS[[0, 1, 2, 6]]}, "policy: expected an even number of sequences, .* got 3"),
+        ({"reference_logprob": None}, "reference_logprob, reference: expected exactly one of the two, got neither"),
+        ({"reference": (torch.zeros(N, D), torch.zeros(V, D))}, "expected exactly one of the two, got both"),
+        ({"reference_logprob": None, "reference": torch.zeros(2, D)}, r"reference: expected a tuple .* got Tensor"),
+        (
+            {"reference_logprob": None, "reference": (torch.zeros(3, D), torch.zeros(V, D))},
+            r"reference: expected hidden \[41, 'D'\], got \[3, 16\]",
+        ),
+        ({"reference_logprob": torch.zeros(7)}, r"reference_logprob: expected \[41\] .* or \[6\] .* got \[7\]"),
+        (
+            {"reference_logprob": PER_TOKEN.long()},
+            "reference_logprob: expected a floating dtype on cpu, got torch.int64",
+        ),
+        ({"behaviour_logprob": torch.zeros(7)}, r"behaviour_logprob: expected \[41\] .* got \[7\]"),
+        ({"behaviour_logprob": PER_TOKEN, "objective": "dpo"}, "behaviour: 'dpo' is not importance weighted"),
+        ({"objective": "orpo"}, "objective: expected one of dpo, .*, got 'orpo'"),
+        ({"gamma": 1.0}, "is_dpo: unknown option 'gamma'"),
+        ({"denominator": 0.0}, "denominator: expected a number above 0, got 0.0"),
+        ({"pairs": torch.tensor([[0, 6]])}, r"pairs: expected rows in 0..5, got \[\[0, 6\]\]"),
+        ({"backend": "fpga"}, "backend: expected one of .*, got 'fpga'"),
+    ],
+)
+def test_bad_input(arguments, message):
+    arguments = {
+        "hidden": torch.zeros(N, D),
+        "head": torch.zeros(V, D),
+        "targets": torch.zeros(N, dtype=torch.long),
+        "cu_seqlens": CU_SEQLENS,
+        "reference_logprob": PER_TOKEN,
+        "backend": "reference",
+        **arguments,
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_preference_loss(**arguments)
+
+
+def test_settings_are_checked_before_any_work():
+    # A head of the wrong width would fail in the kernel; the option is found first.
+    with pytest.raises(ValueError, match="unknown option"):
+        linear_preference_loss(
+            torch.zeros(2, D),
+            torch.zeros(V, D + 1),
+            torch.zeros(2, dtype=torch.long),
+            torch.tensor([0, 1, 2]),
+            reference_logprob=torch.zeros(1, 2),
+            gamma=1.0,
+        )
+
+
+def test_one_token_a_sequence_is_ambiguous_for_a_flat_reference():
+    arguments = (torch.zeros(2, D), torch.zeros(V, D), torch.tensor([1, 2]), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"reference_logprob: \[2\] could be per token or per sequence"):
+        linear_preference_loss(*arguments, reference_logprob=torch.zeros(2))
+    loss, _ = linear_preference_loss(*arguments, reference_logprob=torch.full((1, 2), -math.log(V)))
+    assert loss.item() == pytest.approx(math.log(2))

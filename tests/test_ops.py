@@ -1,0 +1,146 @@
+"""The operators as PyTorch sees them: opcheck, fullgraph compilation, autocast, activation checkpointing, second derivatives."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from isdaa_kernels import linear_logprob, ops
+from isdaa_kernels.testing import make_sample, relative_error
+
+
+def _forward_args(sample, backend, **changes):
+    args = {
+        "hidden": sample.hidden, "weight": sample.weight, "targets": sample.targets, "bias": sample.bias, "temperature": None,
+        "constant_temperature": 0.9, "logit_scale": 1.1, "softcap": 4.0, "ignore_index": -100, "max_scored": len(sample.targets),
+        "max_workspace_mb": None, "keep": [True, True], "backend": backend,
+    }  # fmt: skip
+    return tuple({**args, **changes}.values())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", None])
+@pytest.mark.parametrize("workspace", [None, 16.0])
+def test_opcheck(backend, workspace):
+    # With ignored tokens the kept logits end in rows that nobody reads or writes, which opcheck would compare.
+    sample = make_sample(150, 6, 40, bias=True, ignored=0.0 if workspace else 0.3)
+    for leaf in (sample.hidden, sample.weight, sample.bias):
+        leaf.requires_grad_()
+    args = _forward_args(sample, backend, max_workspace_mb=workspace)
+    torch.library.opcheck(ops.linear_logprob_forward, args)
+    logprob, lse, kept = ops.linear_logprob_forward(*args)
+    assert kept.shape == ((150, 40) if workspace and backend != "reference" else (0, 40))
+    grads = (torch.ones_like(logprob), *(x.detach() for x in args[:3]), sample.bias.detach(), None, lse, kept)
+    for need in ([True, True, True], [True, False, False], [False, True, True]):
+        torch.library.opcheck(ops.linear_logprob_backward, (*grads, 0.9, 1.1, 4.0, -100, 150, workspace, need, backend))
+
+
+def test_opcheck_of_segments():
+    values, cu_seqlens = torch.randn(9, requires_grad=True), torch.tensor([0, 3, 3, 9])
+    torch.library.opcheck(ops.segment_sum, (values, cu_seqlens))
+    torch.library.opcheck(ops.segment_spread, (torch.randn(3, dtype=torch.float64), cu_seqlens, values.detach()))
+
+
+def test_segment_sum_values_and_gradients():
+    values = torch.tensor([1.0, 2.0, 4.0, float("nan"), 16.0], requires_grad=True)
+    sums = ops.segment_sum(values, torch.tensor([0, 2, 2, 4, 5], dtype=torch.int32))
+    assert sums.dtype == torch.float64
+    assert sums[[0, 1, 3]].tolist() == [3.0, 0.0, 16.0]
+    assert sums[2].isnan()  # a NaN stays in its segment
+    sums.backward(torch.tensor([1.0, 5.0, 2.0, 3.0], dtype=torch.float64))
+    assert values.grad.tolist() == [1.0, 1.0, 2.0, 2.0, 3.0]
+    double = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    call = lambda v: ops.segment_sum(v, torch.tensor([0, 4, 6]))  # noqa: E731
+    assert torch.autograd.gradcheck(call, (double,))
+    assert torch.autograd.gradgradcheck(call, (double,))
+
+
+def test_segment_sum_is_fp64():
+    values = torch.full((32768,), -1.1)
+    exact = float(values[0].double()) * 32768
+    assert float(ops.segment_sum(values, torch.tensor([0, 32768]))[0]) == pytest.approx(exact, abs=1e-9)
+    assert ops.segment_sum(values[:0], torch.tensor([0])).shape == (0,)
+    assert ops.segment_sum(values[:0], torch.tensor([0, 0])).tolist() == [0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workspace", [None, 16.0])
+def test_fullgraph_compile(workspace):
+    sample = make_sample(40, 8, 60, bias=True, ignored=0.3)
+
+    def loss(hidden, weight, bias):
+        out = linear_logprob(
+            hidden, weight, sample.targets, bias=bias, softcap=5.0, temperature=0.8, max_workspace_mb=workspace
+        )
+        return out * 2 + 1
+
+    eager = sample.grads(loss)
+    compiled = sample.grads(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(compiled, eager, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_fullgraph_compile_with_a_changing_number_of_tokens():
+    compiled = torch.compile(
+        lambda h, w, t: linear_logprob(h, w, t).sum(), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for N in (5, 9, 33):
+        sample = make_sample(N, 8, 20)
+        hidden = sample.hidden.requires_grad_()
+        value = compiled(hidden, sample.weight, sample.targets)
+        value.backward()
+        assert torch.allclose(value, linear_logprob(hidden, sample.weight, sample.targets).sum())
+
+
+def test_autocast_touches_hidden_and_weight_only():
+    sample = make_sample(50, 8, 90, bias=True)
+    temperature = torch.rand(50) + 0.5
+
+    def call(hidden, weight, bias):
+        return linear_logprob(hidden, weight, sample.targets, bias=bias, temperature=temperature)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, *grads = sample.grads(call)
+    assert value.dtype == torch.float32
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+    rounded = [sample.hidden.bfloat16(), sample.weight.bfloat16()]
+    assert torch.equal(value, call(*rounded, sample.bias))  # the bias keeps its digits
+    assert not torch.equal(value, call(*rounded, sample.bias.bfloat16()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        double = linear_logprob(sample.hidden.double(), sample.weight.double(), sample.targets)
+    assert double.dtype == torch.float64
+    assert torch.equal(double, linear_logprob(sample.hidden.double(), sample.weight.double(), sample.targets))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_second_derivative_is_refused_by_name(backend):
+    sample = make_sample(5, 4, 9)
+    hidden = sample.hidden.requires_grad_()
+    out = linear_logprob(hidden, sample.weight, sample.targets, backend=backend)
+    (d_hidden,) = torch.autograd.grad(out.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="isdaa_kernels: linear_logprob has no second derivative"):
+        d_hidden.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    sample = make_sample(30, 8, 50)
+    plain = sample.grads(lambda h, w, b: linear_logprob(h, w, sample.targets))
+    call = lambda h, w, b: checkpoint(linear_logprob, h, w, sample.targets, use_reentrant=reentrant)  # noqa: E731
+    for a, b in zip(sample.grads(call), plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_accumulate():
+    sample = make_sample(64, 8, 50)
+    whole = sample.grads(lambda h, w, b: linear_logprob(h, w, sample.targets))[2]
+    weight = sample.weight.requires_grad_()
+    for part in (slice(0, 20), slice(20, 64)):
+        linear_logprob(sample.hidden[part], weight, sample.targets[part]).backward(sample.upstream[part])
+    assert relative_error(weight.grad, whole) < 1e-6
+
+
+def test_inference_mode():
+    sample = make_sample(6, 4, 9)
+    with torch.inference_mode():
+        out = linear_logprob(sample.hidden, sample.weight, sample.targets)
+    assert torch.equal(out, linear_logprob(sample.hidden, sample.weight, sample.targets))

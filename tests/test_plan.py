@@ -1,0 +1,73 @@
+"""The planner: what it promises is what is allocated and multiplied."""
+
+import pytest
+import torch
+
+from isdaa_kernels import linear_logprob, plan
+from isdaa_kernels.testing import FlopCounter, make_sample
+
+
+def test_more_workspace_buys_less_work():
+    small, middle, large = (plan(4096, 49152, 576, max_workspace_mb=mb) for mb in (64, 400, 900))
+    assert (small.kept_tokens % 128, middle.kept_tokens % 128, large.kept_tokens) == (0, 0, 4096)
+    assert 4.0 > small.units > middle.units > large.units == 3.0
+    assert small.bytes < 64 << 20 < middle.bytes < 400 << 20
+    assert plan(4096, 49152, 576).units == 4.0
+    assert plan(4096, 49152, 576, frozen_head=True).units == 3.0
+    assert plan(4096, 49152, 576, frozen_head=True, frozen_hidden=True).units == 1.0
+
+
+def test_a_16_bit_hidden_that_does_not_fit_takes_two_passes():
+    tight = plan(8192, 131072, 4096, torch.bfloat16, max_workspace_mb=64)
+    assert (tight.split, tight.units) == (True, 5.0)
+    assert not plan(8192, 131072, 4096, torch.bfloat16, max_workspace_mb=256).split
+    assert plan(8192, 131072, 4096, torch.bfloat16, frozen_head=True, max_workspace_mb=64).units == 3.0
+
+
+def test_memory_by_default_does_not_grow_with_the_tokens():
+    few, many = (plan(N, 49152, 576).bytes for N in (4096, 65536))
+    assert (many - few) / (65536 - 4096) <= 64  # bytes a token
+    assert many < 16 << 20
+
+
+def test_it_is_printable_and_refuses_nonsense():
+    assert "tiles of 512 tokens x 2048 vocabulary rows" in str(plan(4096, 49152, 576))
+    with pytest.raises(ValueError, match="N: expected a positive number, got 0"):
+        plan(0, 5, 5)
+    with pytest.raises(ValueError, match="max_workspace_mb: expected at least"):
+        plan(4096, 49152, 576, max_workspace_mb=1)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace", [None, 8.0, 14.0, 40.0])
+def test_the_units_of_the_plan_are_counted(backend, dtype, workspace):
+    N, D, V = 768, 32, 6000
+    sample = make_sample(N, D, V, dtype)
+    promised = plan(N, V, D, dtype, max_workspace_mb=workspace, backend=backend)
+    with FlopCounter() as counter:
+        sample.grads(lambda h, w, b: linear_logprob(h, w, sample.targets, max_workspace_mb=workspace, backend=backend))
+    assert counter.flop / (2 * N * D * V) == pytest.approx(promised.units, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace", [None, 12.0])
+def test_the_bytes_of_the_plan_hold(dtype, workspace, monkeypatch):
+    """Every torch.empty and torch.zeros of the CPU backend, less the gradients, stays within the plan."""
+    N, D, V = 1500, 64, 6000
+    sample = make_sample(N, D, V, dtype)
+    sizes = []
+    for name in ("empty", "zeros"):
+        real = getattr(torch, name)
+
+        def counted(*args, _real=real, **kwargs):
+            out = _real(*args, **kwargs)
+            sizes.append(out.numel() * out.element_size())
+            return out
+
+        monkeypatch.setattr(torch, name, counted)
+    sample.grads(lambda h, w, b: linear_logprob(h, w, sample.targets, max_workspace_mb=workspace, backend="cpu"))
+    gradients = sum(x.numel() * x.element_size() for x in (sample.hidden, sample.weight))
+    assert (
+        sum(sizes) - gradients <= 2 * plan(N, V, D, dtype, max_workspace_mb=workspace).bytes
+    )  # forward's and backward's together
