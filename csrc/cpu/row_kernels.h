@@ -27,39 +27,57 @@ struct Transform {
   }
 };
 
-inline Float bias_at(const float* bias, int64_t j, int64_t count) {
-  return bias ? load_partial(bias + j, count, 0.0f) : broadcast(0);
+inline Float bias_at(const float* bias, int64_t j, int64_t count) { return bias ? load(bias + j, count, 0.0f) : Float{}; }
+
+// z of the whole row in place, and its maximum.
+inline float transform_row(const FoldTile<float>& p, int64_t i) {
+  float* x = p.logits + i * p.logits_stride;
+  const Transform transform(p.head, i);
+  const float lowest = -__builtin_inff();
+  Float a = broadcast(lowest), b = a, slope;
+  int64_t j = 0;
+  if (transform.identity) {
+    for (; j + 2 * ISDAA_LANES <= p.columns; j += 2 * ISDAA_LANES) {
+      a = maximum(load(x + j), a);
+      b = maximum(load(x + j + ISDAA_LANES), b);
+    }
+    a = maximum(a, b);
+  }
+  for (; j < p.columns; j += ISDAA_LANES) {
+    const int64_t count = p.columns - j;
+    if (!transform.identity) store(x + j, transform(load(x + j, count, 0.0f), bias_at(p.head.bias, j, count), slope), count);
+    a = maximum(load(x + j, count, lowest), a);
+  }
+  return max_lanes(a);
+}
+
+// sum of exp(z - shift), shift being the largest z. Terms that are 1 are counted apart: where the target has all but 1e-5 of the
+// probability, 1 - p lives in the small terms, and beside a 1 they would lose their digits.
+inline double sum_row(const float* z, int64_t columns, float shift) {
+  Float sum{};
+  Int ones{};
+  const auto add = [&](Float difference) {
+    const Int one = difference == 0.0f;
+    const Float e = exponential(difference, -87.0f);
+    sum += one ? Float{} : e;
+    ones -= one;
+  };
+  int64_t j = 0;
+  for (; j + ISDAA_LANES <= columns; j += ISDAA_LANES) add(load(z + j) - shift);
+  if (j < columns) add(load(z + j, columns - j, -__builtin_inff()) - shift);
+  return sum_lanes(sum) + sum_lanes(__builtin_convertvector(ones, Float));
 }
 
 inline void fold_row(const FoldTile<float>& p, int64_t i) {
-  float* x = p.logits + i * p.logits_stride;
-  if (p.kept) __builtin_memcpy(p.kept + i * p.kept_stride, x, p.columns * sizeof(float));
-  const Transform transform(p.head, i);
-  const float lowest = -__builtin_inff();
-  Float largest = broadcast(lowest), slope;
-  int64_t j = 0;
-  for (; j + ISDAA_LANES <= p.columns; j += ISDAA_LANES) {
-    Float z = load(x + j);
-    if (!transform.identity) store(x + j, z = transform(z, p.head.bias ? load(p.head.bias + j) : broadcast(0), slope));
-    largest = maximum(z, largest);
-  }
-  const int64_t tail = p.columns - j;
-  if (tail) {
-    Float z = load_partial(x + j, tail, lowest);
-    if (!transform.identity) store_partial(x + j, z = transform(z, bias_at(p.head.bias, j, tail), slope), tail);
-    largest = maximum(load_partial(x + j, tail, lowest), largest);
-  }
-  const float tile_max = max_lanes(largest), old_max = p.running_max[i];
+  const float* z = p.logits + i * p.logits_stride;
+  if (p.kept) __builtin_memcpy(p.kept + i * p.kept_stride, z, p.columns * sizeof(float));
+  const float tile_max = transform_row(p, i), old_max = p.running_max[i], lowest = -__builtin_inff();
   const float new_max = tile_max > old_max ? tile_max : old_max;
-  const float shift = new_max == lowest ? 0.0f : new_max;
-  Double sum{};  // fp64: where the target has all but 1e-5 of the probability, 1 - p lives in the small terms
-  for (j = 0; j + ISDAA_LANES <= p.columns; j += ISDAA_LANES)
-    sum += __builtin_convertvector(exponential(load(x + j) - shift, -87.0f), Double);
-  if (tail) sum += __builtin_convertvector(exponential(load_partial(x + j, tail, lowest) - shift, -87.0f), Double);
+  const double sum = sum_row(z, p.columns, new_max == lowest ? 0.0f : new_max);
   const double factor = old_max == lowest ? 0.0 : __builtin_exp((double)old_max - new_max);
-  p.running_sum[i] = p.running_sum[i] * factor + sum_lanes(sum);
+  p.running_sum[i] = p.running_sum[i] * factor + sum;
   p.running_max[i] = new_max;
-  if (p.target[i] >= 0 && p.target[i] < p.columns) p.target_logit[i] = x[p.target[i]];
+  if (p.target[i] >= 0 && p.target[i] < p.columns) p.target_logit[i] = z[p.target[i]];
 }
 
 inline void gradient_row(const GradientTile<float>& p, int64_t i) {
@@ -70,24 +88,16 @@ inline void gradient_row(const GradientTile<float>& p, int64_t i) {
   const int64_t target = p.target[i];
   const bool here = target >= 0 && target < p.columns;
   const float target_product = here ? x[target] : 0.0f;  // read before the row is overwritten
-  Float slope;
+  Float slope = broadcast(1.0f);
   for (int64_t j = 0; j < p.columns; j += ISDAA_LANES) {
-    const int64_t count = p.columns - j < ISDAA_LANES ? p.columns - j : ISDAA_LANES;
-    const bool whole = count == ISDAA_LANES;
-    const Float raw = whole ? load(x + j) : load_partial(x + j, count, 0.0f);
-    const Float bias = !p.head.bias ? broadcast(0) : whole ? load(p.head.bias + j) : bias_at(p.head.bias, j, count);
-    Float z = raw;
-    if (transform.identity) slope = broadcast(1.0f);
-    else z = transform(raw, bias, slope);
-    const Float y = exponential((z - lse) - lse_rest, kSmallestLogProbability) * minus_c * slope;
-    if (whole) store(g + j, y);
-    else store_partial(g + j, y, count);
+    const int64_t count = p.columns - j;
+    Float z = load(x + j, count, 0.0f);
+    if (!transform.identity) z = transform(z, bias_at(p.head.bias, j, count), slope);
+    store(g + j, exponential((z - lse) - lse_rest, kSmallestLogProbability) * minus_c * slope, count);
   }
   if (here) {  // c * (1 - p) by expm1: p near 1 keeps its digits
-    const Float bias = broadcast(p.head.bias ? p.head.bias[target] : 0.0f);
     Float z = broadcast(target_product);
-    if (transform.identity) slope = broadcast(1.0f);
-    else z = transform(z, bias, slope);
+    if (!transform.identity) z = transform(z, broadcast(p.head.bias ? p.head.bias[target] : 0.0f), slope);
     g[target] = (float)(minus_c * __builtin_expm1((double)z[0] - p.lse[i]) * slope[0]);
   }
 }

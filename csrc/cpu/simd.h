@@ -3,7 +3,6 @@
 
 using Float = float __attribute__((vector_size(4 * ISDAA_LANES)));
 using Int = int32_t __attribute__((vector_size(4 * ISDAA_LANES)));
-using Double = double __attribute__((vector_size(8 * ISDAA_LANES)));
 
 inline Float broadcast(float x) { return x - Float{}; }
 
@@ -13,37 +12,38 @@ inline Float load(const float* p) {
   return v;
 }
 
-inline void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof v); }
-
-inline Float load_partial(const float* p, int64_t count, float fill) {
+// The first `count` lanes; the others are `fill`.
+inline Float load(const float* p, int64_t count, float fill) {
+  if (count >= ISDAA_LANES) return load(p);
   Float v = broadcast(fill);
   __builtin_memcpy(&v, p, count * sizeof(float));
   return v;
 }
 
-inline void store_partial(float* p, Float v, int64_t count) { __builtin_memcpy(p, &v, count * sizeof(float)); }
+inline void store(float* p, Float v, int64_t count) {
+  if (count >= ISDAA_LANES) __builtin_memcpy(p, &v, sizeof v);
+  else __builtin_memcpy(p, &v, count * sizeof(float));
+}
 
-inline Float select(Int mask, Float yes, Float no) { return (Float)((mask & (Int)yes) | (~mask & (Int)no)); }
-
-inline Float maximum(Float a, Float b) { return select((Int)(a > b), a, b); }
+inline Float maximum(Float a, Float b) { return a > b ? a : b; }
 
 inline Float absolute(Float x) { return (Float)((Int)x & 0x7fffffff); }
 
-// exp(x) with a relative error of about 1e-7; exactly 0 below `floor`, inf above 88.7, NaN for NaN. `floor` >= -87: no denormal is made.
+// exp(x) with a relative error of about 1e-7 for x up to 88; exactly 0 below `floor`, NaN for NaN. `floor` >= -87: no denormal is made.
 inline Float exponential(Float x, float floor) {
-  const Float n = (broadcast(0) + x * 1.44269504f + 12582912.0f) - 12582912.0f;  // round to nearest: |n| < 2^22 for every x that survives
-  const Float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;                  // ln 2 in two parts
+  const Float low = broadcast(floor), high = broadcast(88.0f);
+  Float c = x < low ? low : x;
+  c = c > high ? high : c;
+  const Float n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // round to nearest
+  const Float r = (c - n * 0.693359375f) - n * -2.12194440e-4f;   // ln 2 in two parts
   Float y = r * 1.9875691500e-4f + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const Int half = __builtin_convertvector(select((Int)(absolute(n) < 200.0f), n, broadcast(0)), Int) >> 1;
-  const Int rest = __builtin_convertvector(select((Int)(absolute(n) < 200.0f), n, broadcast(0)), Int) - half;
-  y = y * (Float)((half + 127) << 23) * (Float)((rest + 127) << 23);             // 2^n in two factors: n reaches 128
-  y = select((Int)(x > 88.72283f), broadcast(__builtin_inff()), y);
-  return select((Int)(x < floor), broadcast(0), y);
+  y = y * (r * r) + r + 1.0f;
+  y *= (Float)((__builtin_convertvector(n, Int) + 127) << 23);
+  return x < low ? Float{} : y;
 }
 
 inline Float hyperbolic_tangent(Float x) {
@@ -51,14 +51,14 @@ inline Float hyperbolic_tangent(Float x) {
   const Float a = absolute(x);
   const Float s = x * x;
   const Float series = x + x * s * (-3.33333333e-1f + s * (1.33333333e-1f + s * (-5.39682540e-2f + s * 2.18694885e-2f)));
-  const Float e = exponential(select((Int)(a > 20.0f), broadcast(20.0f), a) * 2.0f, -87.0f);
+  const Float e = exponential((a > 20.0f ? broadcast(20.0f) : a) * 2.0f, -87.0f);
   const Float tail = 1.0f - 2.0f / (e + 1.0f);
   const Float signed_tail = (Float)((Int)tail | ((Int)x & (int32_t)0x80000000));
-  const Float y = select((Int)(a < 0.25f), series, signed_tail);
-  return select((Int)(x == x), y, x);
+  const Float y = a < 0.25f ? series : signed_tail;
+  return x == x ? y : x;
 }
 
-inline double sum_lanes(Double v) {
+inline double sum_lanes(Float v) {
   double total = 0;
   for (int i = 0; i < ISDAA_LANES; ++i) total += v[i];
   return total;
