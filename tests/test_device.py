@@ -42,8 +42,12 @@ def test_error_contract(backend, device, dtype, head):
     truth = sample.grads(lambda h, w, b: dense_logprob(h, w, sample.targets, bias=b, **head), torch.float64)
     dense = sample.grads(lambda h, w, b: dense_logprob(h, w, sample.targets, bias=b, **head))
     there = to(sample, device)
-    ours = there.grads(lambda h, w, b: linear_logprob(h, w, there.targets, bias=b, backend=backend, max_scored=scored, **head))
-    for name, *tensors in zip(("logprob", "d_hidden", "d_weight", "d_bias"), (x.cpu() for x in ours), dense, truth, strict=True):
+    ours = there.grads(
+        lambda h, w, b: linear_logprob(h, w, there.targets, bias=b, backend=backend, max_scored=scored, **head)
+    )
+    for name, *tensors in zip(
+        ("logprob", "d_hidden", "d_weight", "d_bias"), (x.cpu() for x in ours), dense, truth, strict=True
+    ):
         assert_error_contract(name, *tensors)
 
 

@@ -1,0 +1,1 @@
+"""The demonstration: `python -m isdaa_trainer.demo`."""

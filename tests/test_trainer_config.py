@@ -1,0 +1,122 @@
+import dataclasses
+import json
+import re
+import sys
+
+import pytest
+from isdaa_trainer.config import SECTIONS, Config, build_parser, parse_arguments, read_config_file
+
+REQUIRED = {"model": "m", "train_data": "d.jsonl", "out": "o"}
+FLAGS = ["--model", "m", "--train-data", "d.jsonl", "--out", "o"]
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_make_a_config_with_the_defaults():
+    config, resume = parse_arguments(FLAGS)
+    assert config == Config(**REQUIRED)
+    assert not resume
+    assert (config.objective, config.beta, config.epsilon) == ("is_dpo", 0.1, 1.0)
+
+
+def test_flags_override_the_file(tmp_path):
+    file = write(tmp_path / "run.json", json.dumps({**REQUIRED, "objective": {"beta": 0.5}, "lr": 1e-4}))
+    config, resume = parse_arguments(["--config", file, "--lr", "3e-4", "--gradient-checkpointing", "--resume"])
+    assert resume
+    assert (config.beta, config.lr, config.gradient_checkpointing) == (0.5, 3e-4, True)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_toml_with_and_without_sections_is_the_same(tmp_path):
+    flat = write(tmp_path / "flat.toml", 'model = "m"\nbeta = 0.2\nfreeze_head = true\n')
+    tables = write(tmp_path / "t.toml", '[model]\nmodel = "m"\nfreeze_head = true\n[objective]\nbeta = 0.2\n')
+    assert read_config_file(flat) == read_config_file(tables) == {"model": "m", "beta": 0.2, "freeze_head": True}
+
+
+def test_none_is_accepted_where_it_means_something():
+    assert parse_arguments([*FLAGS, "--clip-grad-norm", "none"])[0].clip_grad_norm is None
+    with pytest.raises(SystemExit):
+        parse_arguments([*FLAGS, "--lr", "none"])
+
+
+def test_every_field_is_a_flag_with_its_default_in_the_help():
+    help_text = " ".join(build_parser().format_help().split())
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in help_text
+        assert field.metadata["section"] in SECTIONS
+    assert "peak learning rate of AdamW (default: 1e-06)" in help_text
+    assert "output folder; must be empty or not exist, unless --resume (required)" in help_text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": -1.0}, "lr: expected a value above 0, got -1.0"),
+        ({"lr": "fast"}, "lr: expected float, got 'fast'"),
+        ({"lr": float("nan")}, "lr: expected a finite number, got nan"),
+        ({"epochs": 1.5}, "epochs: expected int, got 1.5"),
+        ({"epochs": True}, "epochs: expected int, got True"),
+        ({"freeze_head": 1}, "freeze_head: expected bool, got 1"),
+        ({"model": None}, "model: expected str, got None"),
+        ({"max_steps": 0}, "max_steps: expected a value at least 1, got 0"),
+        ({"eval_fraction": 1.0}, "eval_fraction: expected a value below 1, got 1.0"),
+        ({"dtype": "float16"}, "dtype: expected one of float32, bfloat16, got 'float16'"),
+        ({"objective": "is_dop"}, "got 'is_dop'; did you mean is_dpo?"),
+        ({"max_prompt_length": 1024}, "max_prompt_length: expected less than max_length = 1024, got 1024"),
+        ({"eval_data": "e", "eval_fraction": 0.1}, "eval_fraction: expected 0 beside eval_data, got 0.1"),
+        ({"label_smoothing": 0.1, "objective": "ipo"}, "label_smoothing"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"importance_floor": 2.0}, "floor"),
+        ({"objective": "dpo", "importance_power": 0.5}, "importance_power: dpo is not importance weighted"),
+    ],
+)
+def test_bad_values_name_the_field_and_the_value(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config(**(REQUIRED | changes))
+
+
+def test_settings_reach_the_objective():
+    config = Config(**REQUIRED, label_smoothing=0.1, epsilon=2.0, importance_mode="per_completion")
+    settings = config.preference_settings()
+    assert (settings["objective"], settings["beta"], settings["label_smoothing"]) == ("is_dpo", 0.1, 0.1)
+    assert (settings["importance"].epsilon, settings["importance"].mode) == (2.0, "per_completion")
+    assert Config(**REQUIRED, objective="ipo").preference_settings() == {
+        "objective": "ipo",
+        "beta": 0.1,
+        "importance": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"batch_size": 4, "betas": 1}', "unknown key batch_size"),
+        ('{"betta": 1}', "unknown key betta; did you mean beta?"),
+        ('{"objectiv": {"beta": 1}}', "unknown section [objectiv]; did you mean objective?"),
+        ('{"model": {"beta": 1}}', "key beta belongs to [objective], found in [model]"),
+        ('{"beta": 1, "objective": {"beta": 1}}', "key beta is given twice"),
+        ("[1]", "expected an object of settings, got a list"),
+        ('{"beta": }', "line 1 column 10"),
+    ],
+)
+def test_bad_files_name_the_key(tmp_path, text, message):
+    with pytest.raises(ValueError, match=f"run.json.*{re.escape(message)}"):
+        read_config_file(write(tmp_path / "run.json", text))
+
+
+def test_missing_file_extension_and_required_setting(tmp_path):
+    with pytest.raises(ValueError, match=r"config: no such file: nowhere\.json"):
+        read_config_file("nowhere.json")
+    with pytest.raises(ValueError, match=r"expected a \.json or \.toml file"):
+        read_config_file(write(tmp_path / "run.yaml", ""))
+    with pytest.raises(ValueError, match="out: required; give --out or put it in the config file"):
+        parse_arguments(FLAGS[:4])
+
+
+def test_toml_without_a_parser_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs Python 3\.11 or the package tomli"):
+        read_config_file(write(tmp_path / "run.toml", ""))
