@@ -19,7 +19,7 @@ def test_more_workspace_buys_less_work():
 
 def test_a_16_bit_hidden_that_does_not_fit_takes_two_passes():
     tight = plan(8192, 131072, 4096, torch.bfloat16, max_workspace_mb=64)
-    assert (tight.split, tight.units) == (True, 5.0)
+    assert (tight.split, tight.units, tight.token_tile) == (True, 5.0, 512)
     assert not plan(8192, 131072, 4096, torch.bfloat16, max_workspace_mb=256).split
     assert plan(8192, 131072, 4096, torch.bfloat16, frozen_head=True, max_workspace_mb=64).units == 3.0
 
@@ -27,11 +27,17 @@ def test_a_16_bit_hidden_that_does_not_fit_takes_two_passes():
 def test_memory_by_default_does_not_grow_with_the_tokens():
     few, many = (plan(N, 49152, 576).bytes for N in (4096, 65536))
     assert (many - few) / (65536 - 4096) <= 64  # bytes a token
-    assert many < 16 << 20
+    assert many < 32 << 20
+
+
+def test_a_small_budget_takes_smaller_tiles_first():
+    tiles = [plan(4096, 49152, 576, torch.bfloat16, max_workspace_mb=mb) for mb in (60, 40, 22)]
+    assert [t.token_tile for t in tiles] == [2048, 1024, 256]
+    assert not any(t.split for t in tiles)
 
 
 def test_it_is_printable_and_refuses_nonsense():
-    assert "tiles of 512 tokens x 2048 vocabulary rows" in str(plan(4096, 49152, 576))
+    assert "tiles of 2048 tokens x 2048 vocabulary rows" in str(plan(4096, 49152, 576))
     with pytest.raises(ValueError, match="N: expected a positive number, got 0"):
         plan(0, 5, 5)
     with pytest.raises(ValueError, match="max_workspace_mb: expected at least"):

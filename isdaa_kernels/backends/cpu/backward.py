@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isdaa_kernels.backends.cpu.plan import make_plan
 from isdaa_kernels.backends.cpu.sums import BiasSum, HiddenSum, Upstream, WeightSum
-from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, WeightTiles, spans
+from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, WeightTiles, kept_block, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 
@@ -78,7 +78,7 @@ class _Sweep:
             g_TC = buffer[: len(hidden_TD) * len(weight_CD)].view(len(hidden_TD), len(weight_CD))
             source, source_rows = g_TC, None
             if token[0] < len(self.kept_rows):
-                source, source_rows = self.kept_KV[:, column[0] :], self.kept_rows[token[0] : token[1]]
+                source, source_rows = kept_block(self.kept_KV, *column), self.kept_rows[token[0] : token[1]]
             else:
                 torch.mm(hidden_TD, weight_CD.T, out=g_TC)
             self.kernels.backward_tile(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels.backends.cpu.plan import FORWARD_TOKENS, make_plan
-from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, State, WeightTiles, spans
+from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, State, WeightTiles, kept_block, native, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.targets import raise_bad_targets, scored_rows
@@ -20,6 +20,7 @@ def forward(
     dtype, plan = problem.compute_dtype, make_plan(problem)
     rows = scored_rows(targets_N, ignore_index, problem.N)
     kept_KV = torch.empty(plan.kept_tokens, problem.V, dtype=dtype)
+    native.advise_huge_pages(kept_KV.data_ptr(), kept_KV.nbytes)
     hidden = HiddenTiles(hidden_ND, rows, FORWARD_TOKENS, dtype)
     weight = WeightTiles(weight_VD, plan.vocab_tile, dtype)
     kernels = RowKernels(transform, rows, targets_N, dtype)
@@ -28,9 +29,10 @@ def forward(
     for column, column_end in spans(problem.V, plan.vocab_tile):
         weight_CD = weight.load(column, column_end)
         logits_TC = buffer[: FORWARD_TOKENS * len(weight_CD)].view(FORWARD_TOKENS, len(weight_CD))
+        kept_KC = kept_block(kept_KV, column, column_end)
         for token, token_end in spans(len(rows), FORWARD_TOKENS):
             torch.mm(hidden.load(token, token_end, padded=True), weight_CD.T, out=logits_TC)
-            kept_TC = kept_KV[token:token_end, column:column_end] if token_end <= len(kept_KV) else None
+            kept_TC = kept_KC[token:token_end] if token_end <= len(kept_KC) else None
             kernels.forward_tile(logits_TC[: token_end - token], token, column, state, kept_TC)
     logprob, lse = state.finish()
     logprob_N = torch.zeros(len(targets_N), dtype=dtype)

@@ -8,8 +8,8 @@ from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
 
 # The forward's one shape. Few tokens, so that padding the last tile costs little: 128 tokens reach the rate of a large product.
 FORWARD_TOKENS = 128
-# The backward adds each tile into d_weight, so more tokens a tile mean fewer passes over d_weight.
-BACKWARD_TOKENS = 512
+# The backward adds each tile into d_weight, so more tokens a tile mean fewer passes over d_weight; fewer where memory is short.
+BACKWARD_TOKENS = (2048, 1024, 512, 256, 128)
 _STATE_BYTES = 64  # a token: running maximum and sum, target logit, lse, indices
 
 
@@ -22,26 +22,25 @@ def vocab_tile(problem: Problem) -> int:
 
 
 def make_plan(problem: Problem) -> Plan:
-    """Tiles of fixed shape; the budget, where one is given, decides between one pass and two, and how many logits are kept."""
+    """Tiles of fixed shape in the forward; a budget, where one is given, decides the backward's, whether d_hidden and d_weight take
+    two passes, and how many logits are kept."""
     columns = vocab_tile(problem)
-    tokens = max(1, min(BACKWARD_TOKENS, problem.N))
-    scratch = _scratch_bytes(problem, columns, max(tokens, FORWARD_TOKENS))
     accumulator = _hidden_accumulator_bytes(problem)
-    kept = 0
-    split = False
-    if problem.max_workspace_mb is not None:
-        budget = int(problem.max_workspace_mb * MIB) - scratch
-        if budget < 0:
-            raise refuse_budget(problem.max_workspace_mb, scratch)
-        split = accumulator > budget
-        if problem.keep_logits:
-            row = problem.V * problem.compute_dtype.itemsize
-            rows = (budget - (0 if split else accumulator)) // row
-            kept = problem.N if rows >= problem.N else rows // FORWARD_TOKENS * FORWARD_TOKENS  # whole forward tiles
+    budget = float("inf") if problem.max_workspace_mb is None else problem.max_workspace_mb * MIB
+    tokens = _token_tile(problem, columns, budget - accumulator)
+    split = tokens is None
     if split:
         accumulator = 0
+        tokens = _token_tile(problem, columns, budget)
+    if tokens is None:
+        raise refuse_budget(problem.max_workspace_mb, _scratch_bytes(problem, columns, BACKWARD_TOKENS[-1]))
+    fixed = _scratch_bytes(problem, columns, tokens) + accumulator
+    row = problem.V * problem.compute_dtype.itemsize
+    kept = 0
+    if problem.keep_logits and problem.max_workspace_mb is not None:
+        rows = int(budget - fixed) // row
+        kept = problem.N if rows >= problem.N else rows // FORWARD_TOKENS * FORWARD_TOKENS  # whole forward tiles
     work = problem.need_hidden + problem.need_weight
-    recomputed = 1 - kept / max(problem.N, 1)
     passes = 2 if split and problem.need_weight and problem.need_hidden else 1
     return Plan(
         backend="cpu",
@@ -50,13 +49,21 @@ def make_plan(problem: Problem) -> Plan:
         chunks=ceil_div(problem.N, tokens) * ceil_div(problem.V, columns),
         kept_tokens=kept,
         split=split,
-        bytes=scratch + accumulator + kept * problem.V * problem.compute_dtype.itemsize,
-        units=1.0 + work + passes * recomputed * (work > 0),
+        bytes=fixed + kept * row,
+        units=1.0 + work + passes * (1 - kept / max(problem.N, 1)) * (work > 0),
+    )
+
+
+def _token_tile(problem: Problem, columns: int, room: float) -> int | None:
+    """Tokens of the largest backward tile whose buffers fit into `room` bytes."""
+    return next(
+        (max(1, min(t, problem.N)) for t in BACKWARD_TOKENS if _scratch_bytes(problem, columns, t) <= room), None
     )
 
 
 def _scratch_bytes(problem: Problem, columns: int, tokens: int) -> int:
     size = problem.compute_dtype.itemsize
+    tokens = max(min(tokens, problem.N), FORWARD_TOKENS)
     numbers = tokens * columns + 2 * tokens * (problem.D + 16)  # logits, hidden, hidden times its token's scale
     if problem.weight_dtype != problem.compute_dtype:
         numbers += columns * problem.D * (1 + problem.need_weight)  # widened weight, fp32 d_weight of the tile

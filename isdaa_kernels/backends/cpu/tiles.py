@@ -20,6 +20,12 @@ def spans(total: int, tile: int) -> list[tuple[int, int]]:
     return [(start, min(start + tile, total)) for start in range(0, total, tile)]
 
 
+def kept_block(kept_KV: Tensor, column: int, column_end: int) -> Tensor:
+    """The kept logits [K, C] of one vocabulary tile. They stand together: a tile is then one stretch of memory, not K far rows."""
+    K = len(kept_KV)
+    return kept_KV.view(-1)[K * column : K * column_end].view(K, column_end - column)
+
+
 class HiddenTiles:
     """Rows of hidden gathered and widened into one buffer. Its rows are 64-byte aligned: a library product then treats all alike."""
 

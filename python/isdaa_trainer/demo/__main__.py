@@ -90,7 +90,7 @@ def show_result(trainer: Trainer, seconds: float) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m isdaa_trainer.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("isdaa-demo"), help="output folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of 8 pairs (default: %(default)s)")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
