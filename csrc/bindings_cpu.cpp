@@ -67,9 +67,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Row kernels of the CPU backend, over tiles of logits in memory that the caller owns.";
   isdaa::define<float>(m, "float32");
   isdaa::define<double>(m, "float64");
-  m.def(
-      "advise_huge_pages", [](uintptr_t address, int64_t bytes) { isdaa::advise_huge_pages((void*)address, bytes); },
-      py::arg("address"), py::arg("bytes"), "Ask the system for large pages; it may decline.");
   m.def("instruction_set", &isdaa::instruction_set, "The instruction set in use: avx512, avx2 or baseline.");
   m.def(
       "use_instruction_set",

@@ -1,9 +1,5 @@
 #include "linear_logprob_cpu.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <cstring>
 
 #include "row_table.h"
@@ -48,14 +44,6 @@ bool use_instruction_set(const char* name) {
       return true;
     }
   return false;
-}
-
-void advise_huge_pages(void* address, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = uintptr_t{1} << 21, begin = ((uintptr_t)address + page - 1) / page * page;
-  const uintptr_t end = ((uintptr_t)address + bytes) / page * page;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 template <typename T>

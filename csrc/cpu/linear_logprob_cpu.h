@@ -6,7 +6,6 @@ namespace isdaa {
 
 const char* instruction_set();                // the one in use
 bool use_instruction_set(const char* name);   // for tests; false: this processor does not have it
-void advise_huge_pages(void* address, int64_t bytes);  // a hint: fewer page faults where memory is written for the first time
 
 template <typename T>
 void linear_logprob_forward_tile(const FoldTile<T>& tile);

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels.backends.cpu.plan import FORWARD_TOKENS, make_plan
-from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, State, WeightTiles, kept_block, native, spans
+from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, State, WeightTiles, kept_block, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.targets import raise_bad_targets, scored_rows
@@ -20,7 +20,6 @@ def forward(
     dtype, plan = problem.compute_dtype, make_plan(problem)
     rows = scored_rows(targets_N, ignore_index, problem.N)
     kept_KV = torch.empty(plan.kept_tokens, problem.V, dtype=dtype)
-    native.advise_huge_pages(kept_KV.data_ptr(), kept_KV.nbytes)
     hidden = HiddenTiles(hidden_ND, rows, FORWARD_TOKENS, dtype)
     weight = WeightTiles(weight_VD, plan.vocab_tile, dtype)
     kernels = RowKernels(transform, rows, targets_N, dtype)
