@@ -1,0 +1,232 @@
+"""The contenders as a table: what prepares one for a problem, and what it needs to be installed.
+
+`prepare(problem)` gives a function of (hidden_ND, weight_VD), differentiable in both: token log-probs [N] in the "token" table,
+the scalar loss of a preference step in the "pair" table. Time, memory and error are all taken of what `make_run` makes of it.
+N tokens, D hidden size, V vocabulary, P pairs of sequences, S = 2 P sequences of T tokens.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.problem import Problem
+from isdaa_kernels import linear_logprob
+from isdaa_kernels.linear_preference_loss import linear_preference_loss
+from isdaa_kernels.testing import dense_logprob
+
+BETA = 0.1
+TRL_CHUNK = 32768  # what TRL's trainers pass
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    provider: str
+    prepare: Callable[[Problem], Function]
+    needs: str | None = None  # "module:attribute" that must be importable
+    objective: str | None = None  # of the pair table; None in the token table
+    note: str = ""
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.needs is None:
+            return None
+        module, attribute = self.needs.split(":")
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # packages that disagree about a version fail in many ways: all of them are listed
+            return f"{type(error).__name__}: {error}"
+        found = hasattr(importlib.import_module(module), attribute)
+        return None if found else f"{module} {_version(module)} has no {attribute}"
+
+
+class Outcome(NamedTuple):
+    value: Tensor  # log-probs [N] or a loss
+    d_hidden_ND: Tensor | None
+    d_weight_VD: Tensor | None
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
+
+
+def make_run(contender: Contender, problem: Problem, mode: str) -> Callable[[], Outcome]:
+    """What is measured: mode "forward" (no gradient wanted) or "full" (forward and backward)."""
+    function = contender.prepare(problem)
+
+    def forward() -> Outcome:
+        with torch.no_grad():
+            return Outcome(function(problem.hidden_ND, problem.weight_VD), None, None)
+
+    def full() -> Outcome:
+        hidden_ND = problem.hidden_ND.detach().requires_grad_()
+        weight_VD = problem.weight_VD.detach().requires_grad_(not problem.frozen_head)
+        value = function(hidden_ND, weight_VD)
+        value.backward(problem.upstream_N.to(value.dtype) if value.dim() else None)
+        return Outcome(value.detach(), hidden_ND.grad, weight_VD.grad)
+
+    return {"forward": forward, "full": full}[mode]
+
+
+def _dense(problem: Problem) -> Function:
+    return lambda hidden_ND, weight_VD: dense_logprob(hidden_ND, weight_VD, problem.targets_N)
+
+
+def _trl(problem: Problem) -> Function:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    def function(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        return ChunkedLogProbFunction.apply(
+            hidden_ND, weight_VD, None, problem.targets_N, 1.0, TRL_CHUNK, None, 1.0, ()
+        )[0]
+
+    return function
+
+
+def _pytorch_fused(**options: int) -> Callable[[Problem], Function]:
+    def prepare(problem: Problem) -> Function:
+        chosen = torch.nn.LinearCrossEntropyOptions(**options)
+
+        def function(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+            return -F.linear_cross_entropy(hidden_ND, weight_VD, problem.targets_N, reduction="none", options=chosen)
+
+        return function
+
+    return prepare
+
+
+def _ours(**options: object) -> Callable[[Problem], Function]:
+    def prepare(problem: Problem) -> Function:
+        return lambda hidden_ND, weight_VD: linear_logprob(hidden_ND, weight_VD, problem.targets_N, **options)
+
+    return prepare
+
+
+def _room(problem: Problem) -> float:
+    """MiB for all logits in fp32, and some more."""
+    return problem.tokens * problem.weight_VD.shape[0] * 4 / 2**20 + 64
+
+
+def _ours_room(problem: Problem) -> Function:
+    return _ours(max_workspace_mb=_room(problem))(problem)
+
+
+def _dpo_of(prepare: Callable[[Problem], Function]) -> Callable[[Problem], Function]:
+    """The DPO step around token log-probs. The reference goes first: its memory is free again before the policy's is taken."""
+
+    def prepare_dpo(problem: Problem) -> Function:
+        logprob = prepare(problem)
+
+        def function(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+            with torch.no_grad():
+                reference_N = logprob(problem.reference_hidden_ND, problem.weight_VD)
+            ratio_N = logprob(hidden_ND, weight_VD) - reference_N
+            ratio_S = ratio_N.double().view(problem.sequences, problem.length).sum(1)
+            return -F.logsigmoid(BETA * (ratio_S[: problem.pairs] - ratio_S[problem.pairs :])).mean()
+
+        return function
+
+    return prepare_dpo
+
+
+def _liger_dpo(problem: Problem) -> Function:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss = LigerFusedLinearDPOLoss(beta=BETA)
+    targets_ST = problem.targets_N.view(problem.sequences, problem.length)
+    reference_STD = problem.reference_hidden_ND.view(problem.sequences, problem.length, -1)
+
+    def function(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        hidden_STD = hidden_ND.view(problem.sequences, problem.length, -1)
+        return loss(weight_VD, hidden_STD, targets_ST, ref_input=reference_STD, ref_weight=problem.weight_VD)[0]
+
+    return function
+
+
+def _ours_preference(objective: str, room: bool = False) -> Callable[[Problem], Function]:
+    def prepare(problem: Problem) -> Function:
+        reference = (problem.reference_hidden_ND, problem.weight_VD)
+        cu_seqlens = problem.cu_seqlens()
+        options = {"reference": reference, "objective": objective, "beta": BETA}
+        options |= {"max_workspace_mb": _room(problem)} if room else {}
+
+        def function(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+            return linear_preference_loss(hidden_ND, weight_VD, problem.targets_N, cu_seqlens, **options).loss
+
+        return function
+
+    return prepare
+
+
+_TRL = "trl.kernels.chunked_logprob:ChunkedLogProbFunction"
+_FUSED = "torch.nn:LinearCrossEntropyOptions"
+_LIGER = "liger_kernel.chunked_loss:LigerFusedLinearDPOLoss"
+
+CONTENDERS = (
+    Contender("dense PyTorch", "torch", _dense, note="fp32 log_softmax and gather, autograd"),
+    Contender(
+        "TRL chunked",
+        "trl",
+        _trl,
+        _TRL,
+        note=f"ChunkedLogProbFunction, tiles of 4096 x {TRL_CHUNK} as its trainers use",
+    ),
+    Contender(
+        "PyTorch fused", "torch_fused", _pytorch_fused(), _FUSED, note="linear_cross_entropy, its own choice of chunks"
+    ),
+    Contender(
+        "PyTorch fused 512",
+        "torch_fused_512",
+        _pytorch_fused(batch_chunk_size=512),
+        _FUSED,
+        note="linear_cross_entropy, chunks of 512 tokens",
+    ),
+    Contender("ours", "isdaa", _ours(), note="linear_logprob, default workspace"),
+    Contender("ours, room for all logits", "isdaa_room", _ours_room, note="max_workspace_mb above N * V * 4 bytes"),
+    Contender("ours, reference backend", "isdaa_reference", _ours(backend="reference"), note="plain PyTorch in chunks"),
+    Contender("dense PyTorch DPO", "torch", _dpo_of(_dense), objective="dpo"),
+    Contender("TRL chunked DPO", "trl", _dpo_of(_trl), _TRL, "dpo", note="DPO around ChunkedLogProbFunction"),
+    Contender(
+        "Liger DPO", "liger", _liger_dpo, _LIGER, "dpo", note="LigerFusedLinearDPOLoss, compiled, one pair a chunk"
+    ),
+    Contender("ours DPO", "isdaa", _ours_preference("dpo"), objective="dpo", note="linear_preference_loss"),
+    Contender("ours DPO, room for all logits", "isdaa_room", _ours_preference("dpo", room=True), objective="dpo"),
+    Contender("ours IS-DPO", "isdaa_is", _ours_preference("is_dpo"), objective="is_dpo", note="linear_preference_loss"),
+)
+BY_NAME = {contender.name: contender for contender in CONTENDERS}
+
+
+def _version(module: str) -> str:
+    return getattr(importlib.import_module(module.split(".")[0]), "__version__", "of unknown version")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the results: a contender in a case, in each mode, on at most `max_tokens` tokens."""
+
+    contender: Contender
+    case: str = "ordinary"
+    modes: tuple[str, ...] = ("forward", "full")
+    max_tokens: int | None = None
+
+    @property
+    def title(self) -> str:
+        few = f", {self.max_tokens} tokens" if self.max_tokens else ""
+        return self.contender.name + ("" if self.case == "ordinary" else f", {self.case}") + few
+
+
+def all_rows() -> list[Row]:
+    """Dense PyTorch meets saturated coefficients on few tokens: it takes minutes there on many."""
+    dense, ours, full = BY_NAME["dense PyTorch"], BY_NAME["ours"], ("full",)
+    rows = [Row(c) for c in CONTENDERS if c.objective is None and c.name != "ours, room for all logits"]
+    rows.append(Row(BY_NAME["ours, room for all logits"], modes=full))
+    rows += [Row(dense, "frozen head", full), Row(ours, "frozen head", full), Row(ours, "bf16 inputs")]
+    rows += [Row(ours, "saturated", full)]
+    rows += [Row(c, case, full, 128) for c in (dense, ours) for case in ("ordinary", "saturated")]
+    rows += [Row(c, modes=full) for c in CONTENDERS if c.objective is not None]
+    return rows
