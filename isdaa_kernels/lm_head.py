@@ -24,6 +24,9 @@ class LMHead:
             raise ValueError(f"weight: expected [V, D], got {list(self.weight.shape)}")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(f"bias: expected [{self.weight.shape[0]}], got {list(self.bias.shape)}")
+        for name in ("logit_scale", "softcap"):
+            if isinstance(getattr(self, name), Tensor):
+                raise ValueError(f"{name}: expected a number, which gets no gradient, got a tensor")
         if not 0 < abs(self.logit_scale) < float("inf"):
             raise ValueError(f"logit_scale: expected a finite number other than 0, got {self.logit_scale}")
         if self.softcap is not None and not 0 < self.softcap < float("inf"):

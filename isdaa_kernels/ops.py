@@ -45,7 +45,8 @@ def linear_logprob_forward(
     """(logprob [N], lse fp64 [N], kept [K, V]). `keep`: which of hidden, weight will need a gradient; none keeps nothing."""
     problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep)
     transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature)
-    return select_backend(problem, backend).forward(problem, hidden, weight, targets, transform, ignore_index)
+    with torch.autocast(hidden.device.type, enabled=False):  # the inputs are cast already; the arithmetic stays fp32
+        return select_backend(problem, backend).forward(problem, hidden, weight, targets, transform, ignore_index)
 
 
 @linear_logprob_forward.register_fake
@@ -86,9 +87,10 @@ def linear_logprob_backward(
     problem = _problem(hidden, weight, max_scored, kept.shape[0] > 0, max_workspace_mb, need[0], need[1])
     transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature)
     module = select_backend(problem, backend)
-    grads = module.backward(
-        problem, grad, hidden, weight, targets, transform, ignore_index, lse, kept, need_bias=need[2]
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        grads = module.backward(
+            problem, grad, hidden, weight, targets, transform, ignore_index, lse, kept, need_bias=need[2]
+        )
     return [hidden.new_empty(0) if d is None else d for d in grads]
 
 
@@ -107,12 +109,15 @@ def _save(ctx, inputs, output) -> None:
      ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, _, ctx.backend) = inputs  # fmt: skip
     _, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
+    ctx.set_materialize_grads(False)  # or autograd makes zeros as large as the kept logits
     ctx.save_for_backward(hidden, weight, targets, bias, temperature, lse, kept)
 
 
 def _backward(ctx, grad_logprob, _grad_lse, _grad_kept):
     hidden, weight, targets, bias, temperature, lse, kept = ctx.saved_tensors
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    if grad_logprob is None:
+        return (None,) * 13
     d_hidden, d_weight, d_bias = linear_logprob_backward(
         grad_logprob, hidden, weight, targets, bias, temperature, lse, kept, ctx.constant_temperature, ctx.logit_scale,
         ctx.softcap, ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, need, ctx.backend
@@ -137,7 +142,16 @@ linear_logprob_backward.register_autograd(_no_second_derivative("linear_logprob"
 @torch.library.custom_op("isdaa::segment_sum", mutates_args=())
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """fp64 [S]: sums of values [N] over segments cu_seqlens[s]..cu_seqlens[s + 1]. No atomics; a NaN stays in its segment; no sync."""
+    if cu_seqlens.device.type == "cpu":
+        _check_segments(cu_seqlens, values.shape[0])
     return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long(), initial=0.0, unsafe=True)
+
+
+def _check_segments(cu_seqlens: Tensor, N: int) -> None:
+    """Here and not only in the public functions: under torch.compile those see no values, and the sum reads where it is told."""
+    ends = cu_seqlens.tolist()
+    if not ends or ends[0] < 0 or ends[-1] > N or ends != sorted(ends):
+        raise ValueError(f"cu_seqlens: expected ascending numbers from 0 to {N}, got {ends}")
 
 
 @segment_sum.register_fake

@@ -18,6 +18,10 @@ def shift_targets(labels: Tensor, *, cu_seqlens: Tensor | None = None, ignore_in
     """
     if labels.dim() == 0 or labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"labels: expected an int32 or int64 tensor [..., T], got {labels.dtype} {list(labels.shape)}")
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"cu_seqlens: expected int32 or int64 [S + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
     targets = torch.full_like(labels, ignore_index)
     targets[..., :-1] = labels[..., 1:]
     if cu_seqlens is not None:

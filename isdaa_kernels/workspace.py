@@ -35,5 +35,10 @@ def refuse_budget(max_workspace_mb: float, needed: int) -> ValueError:
     )
 
 
+def check_workspace(max_workspace_mb: float | None) -> None:
+    if max_workspace_mb is not None and not 0 < max_workspace_mb < float("inf"):
+        raise ValueError(f"max_workspace_mb: expected a positive number or None, got {max_workspace_mb}")
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)

@@ -22,7 +22,7 @@ ALLOWED = {
     "backends": BASE | {"dispatch"},
     "ops": {"dispatch", "lm_head"},
     "objectives": set(),
-    "linear_logprob": {"ops", "lm_head", "targets"},
+    "linear_logprob": {"ops", "lm_head", "targets", "workspace"},
     "sequence_logprob": {"ops"},
     "preference_loss": {"objectives"},
     "linear_preference_loss": {"linear_logprob", "lm_head", "objectives", "preference_loss", "sequence_logprob"},

@@ -78,6 +78,29 @@ def test_confident_targets_keep_the_digits_of_one_minus_p():
         assert relative_error(ours, true) < 3e-6
 
 
+# Few tokens, saturated: the gradient is no more than the difference between the forward's and the backward's logit.
+@pytest.mark.parametrize("N", [1, 2, 3, 5, 7, 11, 27, 127])
+def test_few_saturated_tokens(N):
+    """The backward sees the forward's logits to the bit, so a lone token gets what it gets among 128 others."""
+    sample = make_sample(140, 16, 1000, sharpness=30.0, seed=N)
+    sample.upstream[N:] = 0
+    whole = _ours(sample)
+    few = make_sample(140, 16, 1000, sharpness=30.0, seed=N)
+    few.hidden, few.targets, few.upstream = few.hidden[:N], few.targets[:N], few.upstream[:N]
+    kept = _ours(few, max_workspace_mb=64)  # reads the forward's own logits
+    for other in (_ours(few), whole):
+        assert torch.equal(other[1][:N], kept[1])
+        assert torch.equal(other[2], kept[2])
+
+
+def test_subnormal_coefficients():
+    sample = make_sample(20, 8, 90, torch.float64)
+    plain = _ours(sample)
+    sample.upstream *= 1e-310
+    for ours, base in zip(_ours(sample)[1:], plain[1:], strict=True):
+        assert (ours - base * 1e-310).abs().max() <= torch.finfo(torch.float64).smallest_normal
+
+
 # N = 1 alone, every size up to 300 (the forward tile is 128), a permutation, two workspaces. D odd, and a multiple of 16.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("D", [19, 64])

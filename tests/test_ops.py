@@ -112,6 +112,37 @@ def test_autocast_touches_hidden_and_weight_only():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_under_autocast_the_logits_stay_fp32(backend):
+    sample = make_sample(64, 64, 500, torch.bfloat16, sharpness=8.0)
+    call = lambda h, w, b: linear_logprob(h, w, sample.targets, backend=backend)  # noqa: E731
+    plain = sample.grads(call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = sample.grads(call)  # forward and backward
+    for a, b in zip(inside, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_backward_allocates_nothing_as_large_as_the_kept_logits():
+    sample = make_sample(1024, 8, 4000)
+    hidden = sample.hidden.requires_grad_()
+    out = linear_logprob(hidden, sample.weight, sample.targets, max_workspace_mb=64.0)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out.backward(sample.upstream)
+    largest = max(event.cpu_memory_usage for event in profile.events() if event.name.startswith("aten::"))
+    assert largest < 1024 * 4000 * 4
+
+
+def test_segments_outside_the_values_raise_even_when_compiled():
+    values = torch.randn(5)
+    for ends in ([0, 2, 50], [0, 4, 2], [-1, 5]):
+        with pytest.raises(ValueError, match="cu_seqlens: expected ascending numbers from 0 to 5"):
+            ops.segment_sum(values, torch.tensor(ends))
+    compiled = torch.compile(ops.segment_sum, backend="aot_eager")
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        compiled(values, torch.tensor([0, 2, 10**9]))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_second_derivative_is_refused_by_name(backend):
     sample = make_sample(5, 4, 9)
     hidden = sample.hidden.requires_grad_()

@@ -28,6 +28,8 @@ def test_shift_refuses_what_is_no_label():
         shift_targets(torch.ones(3))
     with pytest.raises(ValueError, match="labels: expected an int32 or int64 tensor"):
         shift_targets(torch.tensor(3))
+    with pytest.raises(ValueError, match="cu_seqlens: expected int32 or int64"):
+        shift_targets(torch.tensor([1, 2]), cu_seqlens=torch.tensor([0.0, 2.0]))
     assert shift_targets(torch.empty(0, dtype=torch.int64)).shape == (0,)
 
 

@@ -41,7 +41,7 @@ struct GradientTile {
   HeadTransform<T> head;
   const int64_t* target;       // [N] as above
   const double* lse;           // [N] log-sum-exp of z over the whole vocabulary
-  const T* coefficient;        // [N] upstream gradient of the log-prob, scaled by a power of two into [0.5, 1)
+  const T* coefficient;        // [N] upstream gradient of the log-prob, scaled by a power of two into [1, 2)
   int threads;
 };
 

@@ -1,7 +1,7 @@
 """C++ row kernels over tiles of logits that the library's GEMM makes: logits exist one tile at a time.
 
 The forward's products all have one shape (padded), so a token's log-prob does not depend on its neighbours. In the backward every
-token's coefficient is scaled by a power of two into [0.5, 1) and unscaled in the sums: tiny coefficients meet no denormal number.
+token's coefficient is scaled by a power of two into [1, 2) and unscaled in the sums: tiny coefficients meet no denormal number.
 N tokens, D hidden size, V vocabulary.
 """
 

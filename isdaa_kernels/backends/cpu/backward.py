@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isdaa_kernels.backends.cpu.plan import make_plan
 from isdaa_kernels.backends.cpu.sums import BiasSum, HiddenSum, Upstream, WeightSum
-from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, WeightTiles, kept_block, spans
+from isdaa_kernels.backends.cpu.tiles import LEAST_TOKENS, HiddenTiles, RowKernels, WeightTiles, kept_block, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 
@@ -70,17 +70,18 @@ class _Sweep:
         tile, C = self.plan.token_tile, self.plan.vocab_tile
         hidden = HiddenTiles(self.hidden_ND, self.rows, tile, self.dtype)
         weight = WeightTiles(self.weight_VD, C, self.dtype)
-        buffer = torch.empty(tile * C, dtype=self.dtype)
+        buffer = torch.empty(max(tile, LEAST_TOKENS) * C, dtype=self.dtype)
         tokens, columns = self._token_spans(), spans(self.V, C)
         pairs = product(tokens, columns) if tokens_outside else ((t, c) for c, t in product(columns, tokens))
         for token, column in pairs:
-            hidden_TD, weight_CD = hidden.load(*token), weight.load(*column)
-            g_TC = buffer[: len(hidden_TD) * len(weight_CD)].view(len(hidden_TD), len(weight_CD))
+            padded_TD, weight_CD = hidden.load(*token), weight.load(*column)
+            padded_TC = buffer[: len(padded_TD) * len(weight_CD)].view(len(padded_TD), len(weight_CD))
+            hidden_TD, g_TC = (padded[: token[1] - token[0]] for padded in (padded_TD, padded_TC))
             source, source_rows = g_TC, None
             if token[0] < len(self.kept_rows):
                 source, source_rows = kept_block(self.kept_KV, *column), self.kept_rows[token[0] : token[1]]
             else:
-                torch.mm(hidden_TD, weight_CD.T, out=g_TC)
+                torch.mm(padded_TD, weight_CD.T, out=padded_TC)
             self.kernels.backward_tile(
                 source, source_rows, g_TC, token[0], column[0], self.lse_N, self.upstream.mantissa_N
             )

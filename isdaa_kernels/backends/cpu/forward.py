@@ -30,7 +30,7 @@ def forward(
         logits_TC = buffer[: FORWARD_TOKENS * len(weight_CD)].view(FORWARD_TOKENS, len(weight_CD))
         kept_KC = kept_block(kept_KV, column, column_end)
         for token, token_end in spans(len(rows), FORWARD_TOKENS):
-            torch.mm(hidden.load(token, token_end, padded=True), weight_CD.T, out=logits_TC)
+            torch.mm(hidden.load(token, token_end), weight_CD.T, out=logits_TC)
             kept_TC = kept_KC[token:token_end] if token_end <= len(kept_KC) else None
             kernels.forward_tile(logits_TC[: token_end - token], token, column, state, kept_TC)
     logprob, lse = state.finish()

@@ -27,10 +27,12 @@ class Upstream:
 
     def unscale_(self, total: Tensor) -> Tensor:
         """total * 2 ** top in place. Results below the smallest normal number are 0: making them would be slow on many processors."""
-        smallest = torch.finfo(total.dtype).smallest_normal
+        info = torch.finfo(total.dtype)
         if self.top < -32:
-            total.masked_fill_(total.abs() < smallest * 2.0**-self.top, 0)
-        return total.mul_(2.0**self.top) if self.top else total
+            limit = min(info.smallest_normal * 2.0 ** min(-self.top, 1000), info.max)
+            torch.ops.aten.hardshrink.out(total, limit, out=total)
+        half = self.top // 2  # in two steps: 2 ** top itself may be no number of this dtype
+        return total.mul_(2.0**half).mul_(2.0 ** (self.top - half)) if self.top else total
 
 
 class HiddenSum:

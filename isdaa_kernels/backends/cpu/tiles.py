@@ -16,6 +16,11 @@ except ImportError as error:  # reported by refusal() and describe()
     native, missing = None, str(error)
 
 
+# No product of logits is smaller than this: libraries take another path for a few rows, and then a saturated token's logit in the
+# backward differs by a rounding from that in its log-sum-exp, which is all there is of its gradient. It is the forward's one height.
+LEAST_TOKENS = 128
+
+
 def spans(total: int, tile: int) -> list[tuple[int, int]]:
     return [(start, min(start + tile, total)) for start in range(0, total, tile)]
 
@@ -32,17 +37,17 @@ class HiddenTiles:
     def __init__(self, hidden_ND: Tensor, rows_N: Tensor, tile: int, dtype: torch.dtype):
         self.hidden_ND, self.rows_N, self.span = hidden_ND, rows_N, None
         D = hidden_ND.shape[1]
-        self.buffer_TD = torch.zeros(tile, -(-D // 16) * 16, dtype=dtype)[:, :D]
+        self.buffer_TD = torch.zeros(max(tile, LEAST_TOKENS), -(-D // 16) * 16, dtype=dtype)[:, :D]
 
-    def load(self, start: int, stop: int, padded: bool = False) -> Tensor:
-        """[stop - start, D], or the whole buffer with zeros behind."""
+    def load(self, start: int, stop: int) -> Tensor:
+        """[T, D] with zeros behind the last token where there are fewer than LEAST_TOKENS."""
+        count = stop - start
+        height = max(count, LEAST_TOKENS)
         if self.span != (start, stop):
-            tile_TD = self.buffer_TD[: stop - start]
-            tile_TD.copy_(self.hidden_ND.index_select(0, self.rows_N[start:stop]))
-            if padded:
-                self.buffer_TD[stop - start :].zero_()
+            self.buffer_TD[:count].copy_(self.hidden_ND.index_select(0, self.rows_N[start:stop]))
+            self.buffer_TD[count:height].zero_()
             self.span = (start, stop)
-        return self.buffer_TD if padded else self.buffer_TD[: stop - start]
+        return self.buffer_TD[:height]
 
 
 class WeightTiles:
