@@ -68,6 +68,10 @@ class Lab:
             self._truth = (key, gate.truth(self.problem(row), row.contender.objective))
         return self._truth[1]
 
+    def forget_truth(self) -> None:
+        """Frees its memory."""
+        self._truth = None
+
     def check(self, row: Row, mode: str) -> tuple[dict[str, float], str | None]:
         """One call, warm-up and gate at once: its errors, and the reason why the gate is red or None."""
         problem, true = self.problem(row), self.truth(row)
@@ -99,6 +103,7 @@ def run_suite(settings: Settings, rows: Sequence[Row]) -> dict[str, object]:
     present = [(row, result) for row, result in zip(rows, results, strict=True) if row.contender.name not in missing]
     about = {"device": device.describe_device(), "versions": device.describe_versions(), "date": device.now()}
     green = _pass_gate(lab, present)
+    lab.forget_truth()
     if settings.memory:
         _measure_memory(lab, green)
     _measure_time(lab, green)
@@ -160,10 +165,8 @@ def _extra_bytes(lab: Lab, row: Row, mode: str, tokens: int, figures: dict) -> i
     job = memory.Job(row.contender.name, row.case, mode, chosen.states, tokens, chosen.dtype, torch.get_num_threads())
     try:
         return memory.measure_in_process(job)
-    except (
-        RuntimeError,
-        subprocess.TimeoutExpired,
-    ) as error:  # one contender out of memory must not cost the whole run
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        # one contender that runs out of memory must not cost the others their figures
         figures["memory_error"] = str(error)
         tqdm.write(str(error))
         return None
