@@ -65,9 +65,10 @@ def markdown(results: dict) -> str:
         f"States: {states['source']}, {states['tokens']} tokens, V = {states['vocabulary']}, D = {states['hidden_size']}.",
         "",
         "Times are in units: one `torch.mm(hidden, weight.T, out=preallocated)` in fp32 on the same shapes, run just before each timed",
-        f"call; ratio of medians of n runs. {_unit_line(results)}"
+        f"call; ratio of medians of n runs. {_unit_line(results)}",
         "The spread and everything after it belong to forward and backward, or to the forward where there is nothing else. Peak: growth of",
-        "the resident set in a process of its own beyond inputs, output and gradients; B/token: its growth from half the tokens to all.",
+        "the resident set in a process of its own beyond inputs, output and gradients; B/token: its growth from half the tokens to all",
+        "(two processes that do the same differ by 1 to 3 MiB, so a growth below about 2000 B/token is none that was seen).",
         "Errors: relative Frobenius norm against fp64 on the same inputs.",
     ]
     for preference, heading in enumerate(("Token log-probs", "Preference step, reference forward included")):
@@ -173,7 +174,7 @@ def _unit_line(results: dict) -> str:
         return ""
     flop = 2 * states["tokens"] * states["vocabulary"] * states["hidden_size"]
     middle = sorted(seconds)[len(seconds) // 2]
-    return f"A unit took {middle:.3f} s here ({flop / middle / 1e9:.0f} GFLOP/s), {min(seconds):.3f} to {max(seconds):.3f} s by row. "
+    return f"A unit took {middle:.3f} s here ({flop / middle / 1e9:.0f} GFLOP/s), {min(seconds):.3f} to {max(seconds):.3f} s by row."
 
 
 def _notes(results: dict) -> list[str]:
