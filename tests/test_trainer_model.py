@@ -5,7 +5,7 @@ import pytest
 import torch
 from isdaa_trainer.demo.__main__ import find_model
 from isdaa_trainer.model import Policy, check_head, check_packing, load_policy, load_tokenizer, locate
-from trainer_fixtures import make_config, make_model, make_model_folder, make_tokenizer
+from trainer_fixtures import SMALL, make_config, make_model, make_model_folder, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,19 +25,6 @@ from transformers import (
 
 from isdaa_kernels import linear_logprob
 
-SMALL = {
-    "vocab_size": 200,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 GPT2 = GPT2Config(vocab_size=200, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=1)
 OPT = OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32)
 

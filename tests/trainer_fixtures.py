@@ -33,24 +33,26 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     return fast
 
 
+# what the configuration of any small random model starts from
+SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
 def make_model(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     """A random Llama of 2 layers, D = 32, V = 200, whose answers already depend on the words."""
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "tie_word_embeddings": True,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "tie_word_embeddings": True, **changes})).eval()
 
 
 def make_model_folder(folder: Path, seed: int = 0, **changes: object) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from isdaa_kernels.backends.cpu.plan import make_plan
 from isdaa_kernels.backends.cpu.sums import BiasSum, HiddenSum, Upstream, WeightSum
-from isdaa_kernels.backends.cpu.tiles import LEAST_TOKENS, HiddenTiles, RowKernels, WeightTiles, kept_block, spans
+from isdaa_kernels.backends.cpu.tiles import FORWARD_TOKENS, HiddenTiles, RowKernels, WeightTiles, kept_block, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
+from isdaa_kernels.targets import scored_rows
 
 
 def backward(
@@ -29,7 +30,7 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     sweep = _Sweep(problem, grad_N, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept)
-    if not make_plan(problem).split:
+    if not sweep.plan.split:
         return sweep.run(problem.need_hidden, problem.need_weight, need_bias)
     d_hidden, _, _ = sweep.run(True, False, False, tokens_outside=True)
     _, d_weight, d_bias = sweep.run(False, problem.need_weight, need_bias)
@@ -40,7 +41,7 @@ class _Sweep:
     """One or two walks over the tiles of the same backward."""
 
     def __init__(self, problem, grad_N, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV):
-        scored = (targets_N != ignore_index).nonzero()[:, 0]
+        scored = scored_rows(targets_N, ignore_index, problem.N)
         active = (grad_N.index_select(0, scored) != 0).nonzero()[:, 0]  # a coefficient of exactly 0 costs nothing
         self.rows = scored[active]
         self.kept_KV, self.kept_rows = kept_KV, active[active < len(kept_KV)]
@@ -70,7 +71,7 @@ class _Sweep:
         tile, C = self.plan.token_tile, self.plan.vocab_tile
         hidden = HiddenTiles(self.hidden_ND, self.rows, tile, self.dtype)
         weight = WeightTiles(self.weight_VD, C, self.dtype)
-        buffer = torch.empty(max(tile, LEAST_TOKENS) * C, dtype=self.dtype)
+        buffer = torch.empty(max(tile, FORWARD_TOKENS) * C, dtype=self.dtype)
         tokens, columns = self._token_spans(), spans(self.V, C)
         pairs = product(tokens, columns) if tokens_outside else ((t, c) for c, t in product(columns, tokens))
         for token, column in pairs:

@@ -6,8 +6,16 @@ N tokens, D hidden size, V vocabulary, T tokens and C vocabulary rows of a tile,
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.plan import FORWARD_TOKENS, make_plan
-from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, State, WeightTiles, kept_block, spans
+from isdaa_kernels.backends.cpu.plan import make_plan
+from isdaa_kernels.backends.cpu.tiles import (
+    FORWARD_TOKENS,
+    HiddenTiles,
+    RowKernels,
+    State,
+    WeightTiles,
+    kept_block,
+    spans,
+)
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.targets import raise_bad_targets, scored_rows

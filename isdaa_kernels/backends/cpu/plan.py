@@ -3,12 +3,10 @@
 N tokens, D hidden size, V vocabulary.
 """
 
-from isdaa_kernels.backends.cpu.tiles import LEAST_TOKENS
+from isdaa_kernels.backends.cpu.tiles import FORWARD_TOKENS
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
 
-# The forward's one height. Few tokens, so that padding the last tile costs little: 128 reach the rate of a large product.
-FORWARD_TOKENS = LEAST_TOKENS
 # The backward adds each tile into d_weight, so more tokens a tile mean fewer passes over d_weight; fewer where memory is short.
 BACKWARD_TOKENS = (2048, 1024, 512, 256, 128)
 _STATE_BYTES = 64  # a token: running maximum and sum, target logit, lse, indices
@@ -65,9 +63,8 @@ def _token_tile(problem: Problem, columns: int, room: float) -> int | None:
 def _scratch_bytes(problem: Problem, columns: int, tokens: int) -> int:
     size = problem.compute_dtype.itemsize
     tokens = max(min(tokens, problem.N), FORWARD_TOKENS)
-    numbers = tokens * columns + 3 * tokens * (
-        problem.D + 16
-    )  # logits; hidden, that before widening, that times its scale
+    numbers = tokens * columns  # logits
+    numbers += 3 * tokens * (problem.D + 16)  # hidden before and after widening, and times its token's scale
     numbers += problem.V  # widened bias
     if problem.hidden_dtype != problem.compute_dtype:
         numbers += tokens * problem.D  # rounded d_hidden of a tile

@@ -16,9 +16,10 @@ except ImportError as error:  # reported by refusal() and describe()
     native, missing = None, str(error)
 
 
-# No product of logits is smaller than this: libraries take another path for a few rows, and then a saturated token's logit in the
-# backward differs by a rounding from that in its log-sum-exp, which is all there is of its gradient. It is the forward's one height.
-LEAST_TOKENS = 128
+# The height of every product of logits in the forward, and the least height in the backward: libraries take another path for a few
+# rows, and then a saturated token's logit in the backward differs by a rounding from that in its log-sum-exp, which is all there is of
+# its gradient. Few tokens, so that padding the last tile costs little: 128 reach the rate of a large product.
+FORWARD_TOKENS = 128
 
 
 def spans(total: int, tile: int) -> list[tuple[int, int]]:
@@ -37,12 +38,12 @@ class HiddenTiles:
     def __init__(self, hidden_ND: Tensor, rows_N: Tensor, tile: int, dtype: torch.dtype):
         self.hidden_ND, self.rows_N, self.span = hidden_ND, rows_N, None
         D = hidden_ND.shape[1]
-        self.buffer_TD = torch.zeros(max(tile, LEAST_TOKENS), -(-D // 16) * 16, dtype=dtype)[:, :D]
+        self.buffer_TD = torch.zeros(max(tile, FORWARD_TOKENS), -(-D // 16) * 16, dtype=dtype)[:, :D]
 
     def load(self, start: int, stop: int) -> Tensor:
-        """[T, D] with zeros behind the last token where there are fewer than LEAST_TOKENS."""
+        """[T, D] with zeros behind the last token where there are fewer than FORWARD_TOKENS."""
         count = stop - start
-        height = max(count, LEAST_TOKENS)
+        height = max(count, FORWARD_TOKENS)
         if self.span != (start, stop):
             self.buffer_TD[:count].copy_(self.hidden_ND.index_select(0, self.rows_N[start:stop]))
             self.buffer_TD[count:height].zero_()
