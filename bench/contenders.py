@@ -1,7 +1,8 @@
 """The contenders as a table: what prepares one for a problem, and what it needs to be installed.
 
-`prepare(problem)` gives a function of (hidden_ND, weight_VD), differentiable in both: token log-probs [N] in the "token" table,
-the scalar loss of a preference step in the "pair" table. Time, memory and error are all taken of what `make_run` makes of it.
+`prepare(problem)` gives a function of (hidden_ND, weight_VD), differentiable in both: token log-probs [N] in the "token" table (or
+minus their sum, of a peer that gives nothing else), the scalar loss of a preference step in the "pair" table. Time, memory and error are
+all taken of what `make_run` makes of it.
 N tokens, D hidden size, V vocabulary, P pairs of sequences, S = 2 P sequences of T tokens.
 """
 
@@ -30,7 +31,7 @@ class Contender:
     provider: str
     prepare: Callable[[Problem], Function]
     needs: str | None = None  # "module:attribute" that must be importable
-    objective: str | None = None  # of the pair table; None in the token table
+    objective: str | None = None  # of the pair table; "sum": minus the sum of all log-probs; None: every token's
     note: str = ""
 
     def missing(self) -> str | None:
@@ -73,11 +74,11 @@ def make_run(contender: Contender, problem: Problem, mode: str) -> Callable[[], 
     return {"forward": forward, "full": full}[mode]
 
 
-def _dense(problem: Problem) -> Function:
+def dense(problem: Problem) -> Function:
     return lambda hidden_ND, weight_VD: dense_logprob(hidden_ND, weight_VD, problem.targets_N)
 
 
-def _trl(problem: Problem) -> Function:
+def trl(problem: Problem) -> Function:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     def function(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def _trl(problem: Problem) -> Function:
     return function
 
 
-def _pytorch_fused(**options: int) -> Callable[[Problem], Function]:
+def pytorch_fused(**options: int) -> Callable[[Problem], Function]:
     def prepare(problem: Problem) -> Function:
         chosen = torch.nn.LinearCrossEntropyOptions(**options)
 
@@ -100,23 +101,23 @@ def _pytorch_fused(**options: int) -> Callable[[Problem], Function]:
     return prepare
 
 
-def _ours(**options: object) -> Callable[[Problem], Function]:
+def ours(**options: object) -> Callable[[Problem], Function]:
     def prepare(problem: Problem) -> Function:
         return lambda hidden_ND, weight_VD: linear_logprob(hidden_ND, weight_VD, problem.targets_N, **options)
 
     return prepare
 
 
-def _room(problem: Problem) -> float:
+def room_mb(problem: Problem) -> float:
     """MiB for all logits in fp32, and some more."""
     return problem.tokens * problem.weight_VD.shape[0] * 4 / 2**20 + 64
 
 
-def _ours_room(problem: Problem) -> Function:
-    return _ours(max_workspace_mb=_room(problem))(problem)
+def ours_room(problem: Problem) -> Function:
+    return ours(max_workspace_mb=room_mb(problem))(problem)
 
 
-def _dpo_of(prepare: Callable[[Problem], Function]) -> Callable[[Problem], Function]:
+def dpo_of(prepare: Callable[[Problem], Function]) -> Callable[[Problem], Function]:
     """The DPO step around token log-probs. The reference goes first: its memory is free again before the policy's is taken."""
 
     def prepare_dpo(problem: Problem) -> Function:
@@ -134,7 +135,7 @@ def _dpo_of(prepare: Callable[[Problem], Function]) -> Callable[[Problem], Funct
     return prepare_dpo
 
 
-def _liger_dpo(problem: Problem) -> Function:
+def liger_dpo(problem: Problem) -> Function:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     loss = LigerFusedLinearDPOLoss(beta=BETA)
@@ -148,12 +149,12 @@ def _liger_dpo(problem: Problem) -> Function:
     return function
 
 
-def _ours_preference(objective: str, room: bool = False) -> Callable[[Problem], Function]:
+def ours_preference(objective: str, room: bool = False, **kernel: object) -> Callable[[Problem], Function]:
     def prepare(problem: Problem) -> Function:
         reference = (problem.reference_hidden_ND, problem.weight_VD)
         cu_seqlens = problem.cu_seqlens()
-        options = {"reference": reference, "objective": objective, "beta": BETA}
-        options |= {"max_workspace_mb": _room(problem)} if room else {}
+        options = {"reference": reference, "objective": objective, "beta": BETA, **kernel}
+        options |= {"max_workspace_mb": room_mb(problem)} if room else {}
 
         def function(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
             return linear_preference_loss(hidden_ND, weight_VD, problem.targets_N, cu_seqlens, **options).loss
@@ -163,40 +164,40 @@ def _ours_preference(objective: str, room: bool = False) -> Callable[[Problem], 
     return prepare
 
 
-_TRL = "trl.kernels.chunked_logprob:ChunkedLogProbFunction"
-_FUSED = "torch.nn:LinearCrossEntropyOptions"
-_LIGER = "liger_kernel.chunked_loss:LigerFusedLinearDPOLoss"
+TRL = "trl.kernels.chunked_logprob:ChunkedLogProbFunction"
+FUSED = "torch.nn:LinearCrossEntropyOptions"
+LIGER = "liger_kernel.chunked_loss:LigerFusedLinearDPOLoss"
 
 CONTENDERS = (
-    Contender("dense PyTorch", "torch", _dense, note="fp32 log_softmax and gather, autograd"),
+    Contender("dense PyTorch", "torch", dense, note="fp32 log_softmax and gather, autograd"),
     Contender(
         "TRL chunked",
         "trl",
-        _trl,
-        _TRL,
+        trl,
+        TRL,
         note=f"ChunkedLogProbFunction, tiles of 4096 x {TRL_CHUNK} as its trainers use",
     ),
     Contender(
-        "PyTorch fused", "torch_fused", _pytorch_fused(), _FUSED, note="linear_cross_entropy, its own choice of chunks"
+        "PyTorch fused", "torch_fused", pytorch_fused(), FUSED, note="linear_cross_entropy, its own choice of chunks"
     ),
     Contender(
         "PyTorch fused 512",
         "torch_fused_512",
-        _pytorch_fused(batch_chunk_size=512),
-        _FUSED,
+        pytorch_fused(batch_chunk_size=512),
+        FUSED,
         note="linear_cross_entropy, chunks of 512 tokens",
     ),
-    Contender("ours", "isdaa", _ours(), note="linear_logprob, default workspace"),
-    Contender("ours, room for all logits", "isdaa_room", _ours_room, note="max_workspace_mb above N * V * 4 bytes"),
-    Contender("ours, reference backend", "isdaa_reference", _ours(backend="reference"), note="plain PyTorch in chunks"),
-    Contender("dense PyTorch DPO", "torch", _dpo_of(_dense), objective="dpo"),
-    Contender("TRL chunked DPO", "trl", _dpo_of(_trl), _TRL, "dpo", note="DPO around ChunkedLogProbFunction"),
+    Contender("ours", "isdaa", ours(), note="linear_logprob, default workspace"),
+    Contender("ours, room for all logits", "isdaa_room", ours_room, note="max_workspace_mb above N * V * 4 bytes"),
+    Contender("ours, reference backend", "isdaa_reference", ours(backend="reference"), note="plain PyTorch in chunks"),
+    Contender("dense PyTorch DPO", "torch", dpo_of(dense), objective="dpo"),
+    Contender("TRL chunked DPO", "trl", dpo_of(trl), TRL, "dpo", note="DPO around ChunkedLogProbFunction"),
     Contender(
-        "Liger DPO", "liger", _liger_dpo, _LIGER, "dpo", note="LigerFusedLinearDPOLoss, compiled, one pair a chunk"
+        "Liger DPO", "liger", liger_dpo, LIGER, "dpo", note="LigerFusedLinearDPOLoss, compiled, one pair a chunk"
     ),
-    Contender("ours DPO", "isdaa", _ours_preference("dpo"), objective="dpo", note="linear_preference_loss"),
-    Contender("ours DPO, room for all logits", "isdaa_room", _ours_preference("dpo", room=True), objective="dpo"),
-    Contender("ours IS-DPO", "isdaa_is", _ours_preference("is_dpo"), objective="is_dpo", note="linear_preference_loss"),
+    Contender("ours DPO", "isdaa", ours_preference("dpo"), objective="dpo", note="linear_preference_loss"),
+    Contender("ours DPO, room for all logits", "isdaa_room", ours_preference("dpo", room=True), objective="dpo"),
+    Contender("ours IS-DPO", "isdaa_is", ours_preference("is_dpo"), objective="is_dpo", note="linear_preference_loss"),
 )
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
 
@@ -222,11 +223,11 @@ class Row:
 
 def all_rows() -> list[Row]:
     """Dense PyTorch meets saturated coefficients on few tokens: it takes minutes there on many."""
-    dense, ours, full = BY_NAME["dense PyTorch"], BY_NAME["ours"], ("full",)
+    plain, own, full = BY_NAME["dense PyTorch"], BY_NAME["ours"], ("full",)
     rows = [Row(c) for c in CONTENDERS if c.objective is None and c.name != "ours, room for all logits"]
     rows.append(Row(BY_NAME["ours, room for all logits"], modes=full))
-    rows += [Row(dense, "frozen head", full), Row(ours, "frozen head", full), Row(ours, "bf16 inputs")]
-    rows += [Row(ours, "saturated", full)]
-    rows += [Row(c, case, full, 128) for c in (dense, ours) for case in ("ordinary", "saturated")]
+    rows += [Row(plain, "frozen head", full), Row(own, "frozen head", full), Row(own, "bf16 inputs")]
+    rows += [Row(own, "saturated", full)]
+    rows += [Row(c, case, full, 128) for c in (plain, own) for case in ("ordinary", "saturated")]
     rows += [Row(c, modes=full) for c in CONTENDERS if c.objective is not None]
     return rows

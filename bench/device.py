@@ -11,7 +11,7 @@ import torch
 from bench.states import ROOT
 from isdaa_kernels import explain_backends
 
-PACKAGES = ("isdaa-kernels", "torch", "trl", "liger-kernel", "triton", "transformers", "numpy")
+PACKAGES = ("isdaa-kernels", "torch", "trl", "liger-kernel", "cut-cross-entropy", "triton", "transformers", "numpy")
 
 
 def describe_device() -> dict[str, object]:

@@ -22,19 +22,27 @@ def truth(problem: Problem, objective: str | None = None, chunk: int = 128) -> O
     d logprob[n] / d logits[n, j] = (j == target[n]) - p[n, j]
     """
     weight_VD = problem.weight_VD.double()
-    value, upstream_N = _logprob(problem.hidden_ND, weight_VD, problem, chunk), problem.upstream_N.double()
-    if objective is not None:
-        reference_N = _logprob(problem.reference_hidden_ND, weight_VD, problem, chunk)
-        value, upstream_N = _loss_and_coefficients(value, reference_N, problem, objective)
+    value, upstream_N = true_value(problem, weight_VD, objective, chunk)
     d_weight_VD, d_hidden = torch.zeros_like(weight_VD), []
-    for rows in torch.arange(problem.tokens).split(chunk):
+    for rows in torch.arange(problem.tokens, device=problem.targets_N.device).split(chunk):
         hidden_nD = problem.hidden_ND[rows].double()
         d_logits_nV = (hidden_nD @ weight_VD.T).softmax(1).neg_()
-        d_logits_nV[torch.arange(len(rows)), problem.targets_N[rows]] += 1
+        d_logits_nV[rows - rows[0], problem.targets_N[rows]] += 1
         d_logits_nV *= upstream_N[rows, None]
         d_hidden.append(d_logits_nV @ weight_VD)
         d_weight_VD.addmm_(d_logits_nV.T, hidden_nD)
     return Outcome(value, torch.cat(d_hidden), d_weight_VD)
+
+
+def true_value(problem: Problem, weight_VD: Tensor, objective: str | None, chunk: int) -> tuple[Tensor, Tensor]:
+    """The value in fp64, and its gradient [N] with respect to the token log-probs. weight_VD: the head in fp64."""
+    value = _logprob(problem.hidden_ND, weight_VD, problem, chunk)
+    if objective is None:
+        return value, problem.upstream_N.double()
+    if objective == "sum":
+        return -value.sum(), torch.full_like(value, -1)
+    reference_N = _logprob(problem.reference_hidden_ND, weight_VD, problem, chunk)
+    return _loss_and_coefficients(value, reference_N, problem, objective)
 
 
 def _logprob(hidden_ND: Tensor, weight_VD: Tensor, problem: Problem, chunk: int) -> Tensor:

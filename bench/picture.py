@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 MIB = 1 << 20
@@ -43,9 +44,14 @@ def draw(results: dict) -> bytes:
         len(heights), 2, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
     )
     for (title, rows, has_memory), (time_axes, memory_axes) in zip(panels, grid, strict=False):
-        _draw_time(time_axes, title, rows)
-        _draw_memory(memory_axes, rows) if has_memory else memory_axes.set_axis_off()
+        draw_time(time_axes, title, rows)
+        draw_memory(memory_axes, rows) if has_memory else memory_axes.set_axis_off()
+        memory_axes.set_yticklabels([])
     figure.suptitle(_caption(results), fontsize=11)
+    return to_png(figure)
+
+
+def to_png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
@@ -62,7 +68,9 @@ def _few(results: dict) -> list[dict]:
     return [row for row in results["rows"] if row["modes"] and row["tokens"] < results["states"]["tokens"]]
 
 
-def _draw_time(axes: Axes, title: str, rows: list[dict]) -> None:
+def draw_time(axes: Axes, title: str, rows: list[dict], dtype: str = "fp32") -> None:
+    """Bars of rows {"title", "provider", "modes": {mode: figures}}."""
+
     def bar(figures: dict) -> tuple[float, tuple[float, float], str]:
         return figures["units"], (figures["units_20"], figures["units_80"]), f"{figures['units']:.2f}"
 
@@ -76,24 +84,23 @@ def _draw_time(axes: Axes, title: str, rows: list[dict]) -> None:
     axes.axvline(1, color="black", linewidth=0.9, linestyle=":", zorder=3)
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(
-        "units, logarithmic" if logarithmic else "units; dotted: 1, the plain product hidden @ weight.T in fp32"
+        "units, logarithmic" if logarithmic else f"units; dotted: 1, the plain product hidden @ weight.T in {dtype}"
     )
 
 
-def _draw_memory(axes: Axes, rows: list[dict]) -> None:
+def draw_memory(axes: Axes, rows: list[dict], title: str = "Peak memory beyond inputs, output and gradients") -> None:
     def bar(figures: dict) -> tuple[float, None, str] | None:
         extra = figures.get("extra_bytes")
         return None if extra is None else (max(extra / MIB, 0.5), None, f"{extra / MIB:.0f}")
 
     bars = _bars(rows, bar)
-    axes.set_title("Peak memory beyond inputs, output and gradients", fontsize=11, loc="left")
+    axes.set_title(title, fontsize=11, loc="left")
     if not bars:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
         axes.set_axis_off()
         return
     _logarithmic(axes, bars)
     _paint(axes, rows, bars)
-    axes.set_yticklabels([])
     axes.set_xlabel("MiB, logarithmic")
 
 

@@ -43,14 +43,15 @@ class Problem:
         return self.sequences // 2
 
     def cu_seqlens(self) -> Tensor:
-        return torch.arange(0, self.tokens + 1, self.length)
+        return torch.arange(0, self.tokens + 1, self.length, device=self.targets_N.device)
 
     def to(self, dtype: torch.dtype) -> "Problem":
         tensors = {name: getattr(self, name).to(dtype) for name in ("hidden_ND", "weight_VD", "reference_hidden_ND")}
         return replace(self, **tensors)
 
     def shorter(self, length: int) -> "Problem":
-        """The same number of sequences, each of `length` tokens: warms a contender up without touching much memory."""
+        """The same number of sequences, each of `length` tokens, the first tokens there are: warms a contender up without touching
+        much memory, and is what the gate judges where the whole is too large."""
         names = ("hidden_ND", "targets_N", "upstream_N", "reference_hidden_ND")
         return replace(self, **{name: getattr(self, name)[: self.sequences * length] for name in names})
 

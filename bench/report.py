@@ -1,31 +1,13 @@
 """What a run leaves behind: a table, results.json, results.md, results.csv in Liger's columns, and results.png."""
 
-import csv
-import io
 import json
 from pathlib import Path
 
 from bench.files import write_whole
+from bench.liger_csv import write_csv
 from bench.picture import draw
 
 MIB = 1 << 20
-CSV_COLUMNS = (
-    "kernel_name",
-    "kernel_provider",
-    "kernel_operation_mode",
-    "metric_name",
-    "metric_unit",
-    "x_name",
-    "x_label",
-    "x_value",
-    "y_value_50",
-    "y_value_20",
-    "y_value_80",
-    "extra_benchmark_config_str",
-    "gpu_name",
-    "timestamp",
-    "liger_version",
-)
 HEADINGS = (
     "contender",
     "tokens",
@@ -94,17 +76,9 @@ def table(results: dict) -> str:
 
 
 def liger_csv(results: dict) -> str:
-    """Times in ms and memory in MB in the columns of Liger's all_benchmark_data.csv, so that rows can be laid over each other."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in results["rows"]:
-        for mode, figures in row["modes"].items():
-            common = _csv_common(results, row, mode)
-            for metric, unit, values in _csv_values(figures):
-                y = dict(zip(("y_value_50", "y_value_20", "y_value_80"), values, strict=True))
-                writer.writerow({**common, "metric_name": metric, "metric_unit": unit, **y})
-    return text.getvalue()
+    """Times in ms and memory in MB in Liger's columns."""
+    cells = ((row, mode, figures) for row in results["rows"] for mode, figures in row["modes"].items())
+    return write_csv((_csv_common(results, row, mode), figures) for row, mode, figures in cells)
 
 
 def _csv_common(results: dict, row: dict, mode: str) -> dict[str, object]:
@@ -127,15 +101,6 @@ def _csv_common(results: dict, row: dict, mode: str) -> dict[str, object]:
         "timestamp": results["date"],
         "liger_version": results["versions"]["liger-kernel"] or "",
     }
-
-
-def _csv_values(figures: dict) -> list[tuple[str, str, tuple[float, ...]]]:
-    values = []
-    if "seconds" in figures:
-        values.append(("speed", "ms", tuple(1e3 * figures[name] for name in ("seconds", "seconds_20", "seconds_80"))))
-    if figures.get("extra_bytes") is not None:
-        values.append(("memory", "MB", (figures["extra_bytes"] / MIB,) * 3))
-    return values
 
 
 def _rows(results: dict, preference: bool) -> list[dict]:

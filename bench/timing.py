@@ -1,4 +1,5 @@
 """Time in units. A unit is `torch.mm(hidden, weight.T, out=preallocated)` on the same shapes, run just before each timed call.
+Seconds are the host's clock, or what a `Stopwatch` for a device says.
 
 N tokens, D hidden size, V vocabulary.
 """
@@ -12,17 +13,20 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+Stopwatch = Callable[[Call], float]
 
 
 class Unit:
-    """The product that gives the unit of time, with its output made in advance: 2 N V D flop."""
+    """The product that gives the unit of time, with its output made in advance: 2 N V D flop. `rows` tokens at a time where the
+    whole output would be too large (default: all at once)."""
 
-    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor) -> None:
-        self.hidden_ND, self.weight_VD = hidden_ND, weight_VD
-        self.out_NV = torch.zeros(hidden_ND.shape[0], weight_VD.shape[0], dtype=hidden_ND.dtype)
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, rows: int | None = None) -> None:
+        self.parts, self.weight_VD = hidden_ND.split(rows or hidden_ND.shape[0]), weight_VD
+        self.out_NV = hidden_ND.new_zeros(self.parts[0].shape[0], weight_VD.shape[0])
 
     def __call__(self) -> None:
-        torch.mm(self.hidden_ND, self.weight_VD.T, out=self.out_NV)
+        for hidden_nD in self.parts:
+            torch.mm(hidden_nD, self.weight_VD.T, out=self.out_NV[: hidden_nD.shape[0]])
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Timed:
     call: Call
     unit: Call
     own_unit: Call | None = None
+    stopwatch: Stopwatch | None = None  # default: `clock`
     seconds: list[float] = field(default_factory=list)
     unit_seconds: list[float] = field(default_factory=list)
     own_unit_seconds: list[float] = field(default_factory=list)
@@ -42,11 +47,14 @@ class Timed:
 
     def measure_units(self) -> None:
         if self.own_unit is not None:
-            self.own_unit_seconds.append(clock(self.own_unit))
-        self.unit_seconds.append(clock(self.unit))
+            self.own_unit_seconds.append(self._measure(self.own_unit))
+        self.unit_seconds.append(self._measure(self.unit))
 
     def measure_call(self) -> None:
-        self.seconds.append(clock(self.call))
+        self.seconds.append(self._measure(self.call))
+
+    def _measure(self, call: Call) -> float:
+        return (self.stopwatch or clock)(call)
 
     def figures(self) -> dict[str, float | int | None]:
         """Ratio of medians, with the 20 and 80 % quantiles of the ratios to the unit run just before, and the seconds themselves."""

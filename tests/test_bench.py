@@ -14,8 +14,9 @@ from bench import gate, memory, timing
 from bench.__main__ import main
 from bench.contenders import BETA, BY_NAME, CONTENDERS, Contender, Row, all_rows, make_run
 from bench.files import write_whole
+from bench.liger_csv import CSV_COLUMNS
 from bench.problem import CASES, Problem, make_problem
-from bench.report import CSV_COLUMNS, markdown, table, write_report
+from bench.report import markdown, table, write_report
 from bench.states import ROOT, collect_states, load_states
 from bench.suite import Lab, Settings, run_suite
 from isdaa_kernels import shift_targets
