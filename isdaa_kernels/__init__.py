@@ -2,12 +2,14 @@
 
 from isdaa_kernels.dispatch import NoBackend, Problem
 from isdaa_kernels.explain import explain_backends, plan
-from isdaa_kernels.linear_logprob import linear_logprob
+from isdaa_kernels.linear_logprob import linear_logprob, linear_logprob_stats
 from isdaa_kernels.linear_preference_loss import linear_preference_loss
 from isdaa_kernels.lm_head import LMHead
+from isdaa_kernels.logprob_from_logits import logprob_from_logits, logprob_stats_from_logits
 from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective, importance_sampled
 from isdaa_kernels.preference_loss import PreferenceLoss, preference_loss
 from isdaa_kernels.sequence_logprob import sequence_logprob
+from isdaa_kernels.stats import VocabStats
 from isdaa_kernels.targets import check, shift_targets
 from isdaa_kernels.workspace import Plan
 
@@ -21,11 +23,15 @@ __all__ = [
     "Plan",
     "PreferenceLoss",
     "Problem",
+    "VocabStats",
     "check",
     "explain_backends",
     "importance_sampled",
     "linear_logprob",
+    "linear_logprob_stats",
     "linear_preference_loss",
+    "logprob_from_logits",
+    "logprob_stats_from_logits",
     "plan",
     "preference_loss",
     "sequence_logprob",

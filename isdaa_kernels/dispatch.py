@@ -1,16 +1,16 @@
 """Which backend runs a problem. A backend is a folder under `backends/` with the functions named in `backends/__init__.py`."""
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-PREFERENCE = ("cpu", "reference")
-ACCELERATED = {
-    "cpu": ("cpu",)
-}  # device type -> the backends made for it; `reference` never stands in for them in silence
+PREFERENCE = ("triton", "cpu", "reference")
+# device type -> the backends made for it; `reference` never stands in for them in silence
+ACCELERATED = {"cuda": ("triton",), "cpu": ("cpu",)}
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Problem:
     need_weight: bool = True
     keep_logits: bool = False  # a backward will follow
     max_workspace_mb: float | None = None
+    arch: str | None = None  # of a GPU: "sm_90", "gfx942", ...
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -36,7 +37,19 @@ class Problem:
     @classmethod
     def of(cls, hidden_ND: Tensor, weight_VD: Tensor, max_scored: int, **flags) -> "Problem":
         V, D = weight_VD.shape
-        return cls(hidden_ND.device.type, hidden_ND.dtype, weight_VD.dtype, max_scored, D, V, **flags)
+        arch = device_arch(hidden_ND.device)
+        return cls(hidden_ND.device.type, hidden_ND.dtype, weight_VD.dtype, max_scored, D, V, arch=arch, **flags)
+
+
+@cache
+def device_arch(device: torch.device) -> str | None:
+    """ "sm_90", "gfx942", ... of a GPU that is here; None of any other device."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 class NoBackend(RuntimeError):

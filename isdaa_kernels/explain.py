@@ -2,7 +2,7 @@
 
 import torch
 
-from isdaa_kernels.dispatch import PREFERENCE, Problem, backend_module, refusal, select_backend
+from isdaa_kernels.dispatch import PREFERENCE, Problem, backend_module, device_arch, refusal, select_backend
 from isdaa_kernels.workspace import Plan, check_workspace
 
 
@@ -17,10 +17,12 @@ def plan(
     frozen_hidden: bool = False,
     max_workspace_mb: float | None = None,
     device: str | torch.device = "cpu",
+    arch: str | None = None,
     backend: str | None = None,
 ) -> Plan:
     """How `linear_logprob` would run forward and backward for N scored tokens, hidden size D and vocabulary V: tiles, bytes beyond
-    inputs and gradients, and matrix work in units of one product of 2 N V D flop. Pure arithmetic: allocates nothing.
+    inputs and gradients, and matrix work in units of one product of 2 N V D flop. Pure arithmetic: allocates nothing. `arch` ("sm_90",
+    "gfx942", ...) plans for a GPU that is not here; default: that of `device`.
 
     Raises ValueError where max_workspace_mb (MiB) is too small, with the smallest that is enough.
     """
@@ -42,6 +44,7 @@ def plan(
         need_weight=not frozen_head,
         keep_logits=not (frozen_head and frozen_hidden),
         max_workspace_mb=max_workspace_mb,
+        arch=arch or device_arch(torch.device(device)),
     )
     return select_backend(problem, backend).make_plan(problem)
 

@@ -3,15 +3,17 @@
 N tokens, D hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from isdaa_kernels import ops
+from isdaa_kernels.arguments import check_floats, check_targets, split_temperature
 from isdaa_kernels.lm_head import LMHead
+from isdaa_kernels.stats import StatsRequest, VocabStats, check_stats
 from isdaa_kernels.targets import raise_bad_targets
 from isdaa_kernels.workspace import check_workspace
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def linear_logprob(
@@ -53,34 +55,110 @@ def linear_logprob(
     backend takes the problem.
     """
     head = LMHead(weight, bias, logit_scale, softcap)
+    logprob, _ = _run(
+        hidden,
+        head,
+        targets,
+        StatsRequest(),
+        temperature,
+        ignore_index,
+        max_scored,
+        max_workspace_mb,
+        backend,
+        validate,
+    )
+    return logprob
+
+
+def linear_logprob_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    stats: Sequence[str] = ("entropy",),
+    top_k: int = 20,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    max_scored: int | None = None,
+    max_workspace_mb: float | None = None,
+    backend: str | None = None,
+    validate: bool = False,
+) -> tuple[Tensor, VocabStats]:
+    """`linear_logprob`, and statistics of each token's distribution from the same pass over the logits. With its z, equal to
+
+        p = z.softmax(-1); log_p = z.log_softmax(-1)
+        entropy = -torch.where(p > 0, p * log_p, 0).sum(-1)                  # differentiable
+        lse = z.logsumexp(-1)                                               # differentiable
+        mean_logit = z.mean(-1)                                             # differentiable
+        log_sum_sq_prob = (2 * log_p).logsumexp(-1)
+        is_top1 = z.gather(-1, targets[..., None])[..., 0] >= z.amax(-1)
+        top_k_mass = p.topk(min(top_k, V)).values.sum(-1)
+        top_k_entropy = the terms of entropy of those top_k rows, summed
+
+    No logits, probabilities or sorted copies [..., V] are allocated, and no matrix product is added, forward or backward. Entropy is
+    summed as log S0 + sum e^d (-d) / S0 with d = z - max z, S0 = sum e^d: nothing cancels where the distribution is sharp.
+
+    stats: which of the seven; what is not asked for costs nothing and is None in the result. top_k: 1 to 64; more than V means V.
+    Everything else as in `linear_logprob`, to the bit for the log-probs; the statistics' own sums, about 32 bytes a scored
+    token and 32 top_k where the largest are asked for, are not counted in max_workspace_mb.
+
+    entropy, lse and mean_logit have gradients for hidden, weight and bias, in the same backward as the log-prob's (one recomputation
+    of the logits for all of them). The others come detached. A second derivative raises RuntimeError.
+
+    Returns (logprob [...], VocabStats of [...]): fp32 (fp64 for fp64 inputs), is_top1 bool; 0 (False) where the target is ignored.
+    Raises ValueError for unknown, missing or doubled names, a top_k outside 1..64, and what `linear_logprob` raises for.
+    """
+    request = check_stats(stats, top_k)
+    head = LMHead(weight, bias, logit_scale, softcap)
+    return _run(
+        hidden, head, targets, request, temperature, ignore_index, max_scored, max_workspace_mb, backend, validate
+    )
+
+
+def _run(
+    hidden,
+    head: LMHead,
+    targets,
+    request: StatsRequest,
+    temperature,
+    ignore_index,
+    max_scored,
+    max_workspace_mb,
+    backend,
+    validate,
+) -> tuple[Tensor, VocabStats]:
     _check_tensors(hidden, head, targets, ignore_index)
-    shape, D = targets.shape, hidden.shape[-1]
-    N = targets.numel()
+    N, D = targets.numel(), hidden.shape[-1]
     if max_scored is not None and not (isinstance(max_scored, int) and 0 <= max_scored <= N):
         raise ValueError(f"max_scored: expected 0 to {N} (the number of targets), got {max_scored}")
     check_workspace(max_workspace_mb)
-    constant, per_token = _temperature(temperature, targets)
-    hidden, weight = _autocast(hidden, weight)
+    constant, per_token = split_temperature(temperature, targets)
+    hidden, weight = _autocast(hidden, head.weight)
     targets_N = targets.reshape(N)
     if validate:
         raise_bad_targets(targets_N, weight.shape[0], ignore_index)
     grad = torch.is_grad_enabled()
-    logprob_N, _, _ = ops.linear_logprob_forward(
+    logprob_N, stats_SN, _, _ = ops.linear_logprob_forward(
         hidden.reshape(N, D),
         weight,
         targets_N,
-        bias,
+        head.bias,
         per_token,
         constant,
-        float(logit_scale),
-        None if softcap is None else float(softcap),
+        float(head.logit_scale),
+        None if head.softcap is None else float(head.softcap),
         ignore_index,
         N if max_scored is None else max_scored,
         None if max_workspace_mb is None else float(max_workspace_mb),
         [grad and hidden.requires_grad, grad and weight.requires_grad],
+        ",".join(request.names),
+        request.top_k,
         backend,
     )
-    return logprob_N.reshape(shape)
+    return logprob_N.reshape(targets.shape), VocabStats.from_rows(stats_SN, request.names, targets.shape)
 
 
 def _check_tensors(hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int) -> None:
@@ -89,19 +167,9 @@ def _check_tensors(hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: 
         raise ValueError(f"hidden: expected [..., {D}] to fit weight [{V}, {D}], got {list(hidden.shape)}")
     if D == 0 or V == 0:
         raise ValueError(f"weight: expected at least one row and one column, got [{V}, {D}]")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets: expected {list(hidden.shape[:-1])} to fit hidden, got {list(targets.shape)}")
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"targets: expected int64 or int32, got {targets.dtype}")
-    if not torch.iinfo(targets.dtype).min <= ignore_index <= torch.iinfo(targets.dtype).max:
-        raise ValueError(f"ignore_index: expected a number that {targets.dtype} targets can hold, got {ignore_index}")
+    check_targets(targets, hidden.shape[:-1], "hidden", ignore_index)
     for name, tensor in (("hidden", hidden), ("weight", head.weight), ("bias", head.bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        if tensor.device != targets.device:
-            raise ValueError(f"{name}: expected to be on {targets.device} as targets are, got {tensor.device}")
+        check_floats(name, tensor, targets)
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,28 +180,3 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
-
-
-def _temperature(temperature: float | Tensor, targets: Tensor) -> tuple[float, Tensor | None]:
-    shape = targets.shape
-    if not isinstance(temperature, Tensor):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
-        return float(temperature), None
-    if temperature.shape not in (shape, torch.Size()):
-        raise ValueError(f"temperature: expected a number or {list(shape)}, got {list(temperature.shape)}")
-    if temperature.dtype not in _FLOATS or temperature.device != targets.device:
-        raise ValueError(
-            f"temperature: expected floats on {targets.device}, got {temperature.dtype} on {temperature.device}"
-        )
-    if temperature.requires_grad:
-        raise ValueError("temperature: expected a tensor without gradient, got requires_grad=True")
-    if (
-        temperature.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):  # elsewhere looking would wait for the device
-        bad = ~((temperature > 0) & temperature.isfinite())
-        if bool(bad.any()):
-            raise ValueError(
-                f"temperature: expected positive finite numbers, got {temperature[bad].flatten()[0].item()}"
-            )
-    return 1.0, temperature.expand(shape).reshape(-1)

@@ -24,16 +24,21 @@ class LMHead:
             raise ValueError(f"weight: expected [V, D], got {list(self.weight.shape)}")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(f"bias: expected [{self.weight.shape[0]}], got {list(self.bias.shape)}")
-        for name in ("logit_scale", "softcap"):
-            if isinstance(getattr(self, name), Tensor):
-                raise ValueError(f"{name}: expected a number, which gets no gradient, got a tensor")
-        if not 0 < abs(self.logit_scale) < float("inf"):
-            raise ValueError(f"logit_scale: expected a finite number other than 0, got {self.logit_scale}")
-        if self.softcap is not None and not 0 < self.softcap < float("inf"):
-            raise ValueError(f"softcap: expected a positive finite number or None, got {self.softcap}")
+        check_head_numbers(self.logit_scale, self.softcap)
 
     def requires_grad(self) -> bool:
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+
+def check_head_numbers(logit_scale: float, softcap: float | None) -> None:
+    """ValueError for a scale or a softcap that is no number of the right kind."""
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        if isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a number, which gets no gradient, got a tensor")
+    if not 0 < abs(logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale: expected a finite number other than 0, got {logit_scale}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
 
 
 @dataclass(frozen=True)

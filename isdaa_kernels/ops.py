@@ -1,15 +1,18 @@
 """The operators that PyTorch sees: schema, fake, autograd. The backend is chosen inside, so `fullgraph` compiles around it.
 
-N tokens, D hidden size, V vocabulary, K tokens whose logits are kept, S segments.
+N tokens, D hidden size, V vocabulary, K tokens whose logits are kept, S segments, or statistics asked for: their names come as one
+string joined by commas, since a schema holds no list of strings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from isdaa_kernels.dispatch import Problem, select_backend
+from isdaa_kernels.dispatch import Problem, device_arch, select_backend
 from isdaa_kernels.lm_head import Transform
+from isdaa_kernels.stats import StatsRequest, TokenGradient
+from isdaa_kernels.targets import raise_bad_targets
 
 _SECOND = "isdaa_kernels: {} has no second derivative; detach its gradient, or use dense PyTorch where create_graph=True is needed"
 
@@ -26,6 +29,10 @@ def _problem(hidden, weight, max_scored, keep, max_workspace_mb, need_hidden, ne
     )
 
 
+def _names(stats: str) -> tuple[str, ...]:
+    return tuple(stats.split(",")) if stats else ()
+
+
 @torch.library.custom_op("isdaa::linear_logprob_forward", mutates_args=())
 def linear_logprob_forward(
     hidden: Tensor,
@@ -40,38 +47,47 @@ def linear_logprob_forward(
     max_scored: int,
     max_workspace_mb: float | None,
     keep: Sequence[bool],
+    stats: str,
+    top_k: int,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob [N], lse fp64 [N], kept [K, V]). `keep`: which of hidden, weight will need a gradient; none keeps nothing."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob [N], stats [S, N], lse fp64 [N], kept [K, V]). `keep`: which of hidden, weight will need a gradient; none keeps nothing."""
     problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep)
     transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature)
+    request = StatsRequest(_names(stats), top_k)
     with torch.autocast(hidden.device.type, enabled=False):  # the inputs are cast already; the arithmetic stays fp32
-        return select_backend(problem, backend).forward(problem, hidden, weight, targets, transform, ignore_index)
+        return select_backend(problem, backend).forward(
+            problem, hidden, weight, targets, transform, ignore_index, request
+        )
 
 
 @linear_logprob_forward.register_fake
 def _(hidden, weight, targets, bias, temperature, constant_temperature, logit_scale, softcap, ignore_index, max_scored,
-      max_workspace_mb, keep, backend):  # fmt: skip
+      max_workspace_mb, keep, stats, top_k, backend):  # fmt: skip
     problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep)
     kept = 0
     if any(keep) and max_workspace_mb is not None:
         kept = select_backend(problem, backend).make_plan(problem).kept_tokens
-    dtype = problem.compute_dtype
+    dtype, N = problem.compute_dtype, hidden.shape[0]
     return (
-        hidden.new_empty(hidden.shape[0], dtype=dtype),
-        hidden.new_empty(hidden.shape[0], dtype=torch.float64),
+        hidden.new_empty(N, dtype=dtype),
+        hidden.new_empty(len(_names(stats)), N, dtype=dtype),
+        hidden.new_empty(N, dtype=torch.float64),
         hidden.new_empty(kept, weight.shape[0], dtype=dtype),
     )
 
 
 @torch.library.custom_op("isdaa::linear_logprob_backward", mutates_args=())
 def linear_logprob_backward(
-    grad: Tensor,
+    grad: Tensor | None,
+    grad_stats: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     temperature: Tensor | None,
+    logprob: Tensor,
+    stats_values: Tensor,
     lse: Tensor,
     kept: Tensor,
     constant_temperature: float,
@@ -81,22 +97,24 @@ def linear_logprob_backward(
     max_scored: int,
     max_workspace_mb: float | None,
     need: Sequence[bool],
+    stats: str,
     backend: str | None,
 ) -> list[Tensor]:
-    """[d_hidden, d_weight, d_bias], an empty tensor where `need` says no."""
+    """[d_hidden, d_weight, d_bias], an empty tensor where `need` says no. Not both of grad [N] and grad_stats [S, N] are None."""
     problem = _problem(hidden, weight, max_scored, kept.shape[0] > 0, max_workspace_mb, need[0], need[1])
     transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature)
+    token_grad = TokenGradient.of(grad, grad_stats, stats_values, _names(stats), weight.shape[0])
     module = select_backend(problem, backend)
     with torch.autocast(hidden.device.type, enabled=False):
         grads = module.backward(
-            problem, grad, hidden, weight, targets, transform, ignore_index, lse, kept, need_bias=need[2]
+            problem, token_grad, hidden, weight, targets, transform, ignore_index, logprob, lse, kept, need_bias=need[2]
         )
     return [hidden.new_empty(0) if d is None else d for d in grads]
 
 
 @linear_logprob_backward.register_fake
-def _(grad, hidden, weight, targets, bias, temperature, lse, kept, constant_temperature, logit_scale, softcap,
-      ignore_index, max_scored, max_workspace_mb, need, backend):  # fmt: skip
+def _(grad, grad_stats, hidden, weight, targets, bias, temperature, logprob, stats_values, lse, kept, constant_temperature,
+      logit_scale, softcap, ignore_index, max_scored, max_workspace_mb, need, stats, backend):  # fmt: skip
     inputs = (hidden, weight, bias)
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
@@ -106,37 +124,233 @@ def _(grad, hidden, weight, targets, bias, temperature, lse, kept, constant_temp
 
 def _save(ctx, inputs, output) -> None:
     (hidden, weight, targets, bias, temperature, ctx.constant_temperature, ctx.logit_scale, ctx.softcap,
-     ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, _, ctx.backend) = inputs  # fmt: skip
-    _, lse, kept = output
-    ctx.mark_non_differentiable(lse, kept)
+     ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, _, ctx.stats, _, ctx.backend) = inputs  # fmt: skip
+    saved = _save_numbers(ctx, *output)
+    ctx.save_for_backward(hidden, weight, targets, bias, temperature, *saved)
+
+
+def _save_numbers(ctx, logprob, stats, *others) -> tuple[Tensor, ...]:
+    """Copies of [N] numbers, so that the caller may write to what was returned."""
+    differentiable = StatsRequest(_names(ctx.stats)).gradient()
+    ctx.mark_non_differentiable(*others, *(() if differentiable else (stats,)))
     ctx.set_materialize_grads(False)  # or autograd makes zeros as large as the kept logits
-    ctx.save_for_backward(hidden, weight, targets, bias, temperature, lse, kept)
+    return logprob.detach().clone(), stats.detach().clone(), *others
 
 
-def _backward(ctx, grad_logprob, _grad_lse, _grad_kept):
-    hidden, weight, targets, bias, temperature, lse, kept = ctx.saved_tensors
+def _backward(ctx, grad_logprob, grad_stats, _grad_lse, _grad_kept):
+    hidden, weight, targets, bias, temperature, logprob, stats_values, lse, kept = ctx.saved_tensors
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    if grad_logprob is None:
-        return (None,) * 13
+    if grad_logprob is None and grad_stats is None:
+        return (None,) * 15
     d_hidden, d_weight, d_bias = linear_logprob_backward(
-        grad_logprob, hidden, weight, targets, bias, temperature, lse, kept, ctx.constant_temperature, ctx.logit_scale,
-        ctx.softcap, ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, need, ctx.backend
+        grad_logprob, grad_stats, hidden, weight, targets, bias, temperature, logprob, stats_values, lse, kept,
+        ctx.constant_temperature, ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, need,
+        ctx.stats, ctx.backend,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (d if n else None for d, n in zip((d_hidden, d_weight, d_bias), need, strict=True))
-    return d_hidden, d_weight, None, d_bias, *[None] * 9
+    return d_hidden, d_weight, None, d_bias, *[None] * 11
 
 
 linear_logprob_forward.register_autograd(_backward, setup_context=_save)
 
 
-def _no_second_derivative(name: str):
-    def backward(ctx, *grads):
-        raise RuntimeError(_SECOND.format(name))
-
-    return backward
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(_SECOND.format(ctx.public_name))
 
 
-linear_logprob_backward.register_autograd(_no_second_derivative("linear_logprob"))
+def _name_of_linear(ctx, inputs, output) -> None:
+    ctx.public_name = "linear_logprob_stats" if inputs[-2] else "linear_logprob"
+
+
+linear_logprob_backward.register_autograd(_no_second_derivative, setup_context=_name_of_linear)
+
+
+def _logits_problem(logits: Tensor) -> Problem:
+    V = logits.shape[-1]
+    arch = device_arch(logits.device)
+    return Problem(logits.device.type, logits.dtype, logits.dtype, logits.numel() // V, 0, V, arch=arch)
+
+
+def _as_matrices(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Views [n, V] that cover logits [..., V] in the order of its tokens, and which tokens each holds: one where the strides allow."""
+    N, V = logits.numel() // logits.shape[-1], logits.shape[-1]
+    try:
+        whole = logits.view(N, V)
+    except (
+        RuntimeError
+    ):  # such as logits[:, :-1] of a padded batch: never copied, but taken one sequence after the other
+        each = N // logits.shape[0]
+        for i, part in enumerate(logits.unbind(0)):
+            for rows, matrix in _as_matrices(part):
+                yield slice(i * each + rows.start, i * each + rows.stop), matrix
+        return
+    yield slice(0, N), whole
+
+
+def _each_matrix(logits, targets, temperature, constant_temperature, logit_scale, softcap):
+    """(tokens, logits [n, V], problem, targets [n], transform) of every matrix."""
+    for rows, matrix in _as_matrices(logits):
+        own = None if temperature is None else temperature[rows]
+        transform = Transform(None, logit_scale, softcap, constant_temperature, own)
+        yield rows, matrix, _logits_problem(matrix), targets[rows], transform
+
+
+@torch.library.custom_op("isdaa::logprob_from_logits_forward", mutates_args=())
+def logprob_from_logits_forward(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: Tensor | None,
+    constant_temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    overwrite: bool,
+    stats: str,
+    top_k: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob [N], stats [S, N], lse fp64 [N]) of logits [..., V] and targets [N]. `overwrite`: the backward may use their memory."""
+    module = select_backend(_logits_problem(logits), backend)
+    if targets.device.type == "cpu":  # here, since a backend may see a part of the tokens and would tell another index
+        raise_bad_targets(targets, logits.shape[-1], ignore_index)
+    request = StatsRequest(_names(stats), top_k)
+    with torch.autocast(logits.device.type, enabled=False):
+        parts = [
+            module.forward_logits(problem, matrix, targets_n, transform, ignore_index, request)
+            for _, matrix, problem, targets_n, transform in _each_matrix(
+                logits, targets, temperature, constant_temperature, logit_scale, softcap
+            )
+        ]
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(each, -1) for each in zip(*parts, strict=True))
+
+
+@logprob_from_logits_forward.register_fake
+def _(
+    logits,
+    targets,
+    temperature,
+    constant_temperature,
+    logit_scale,
+    softcap,
+    ignore_index,
+    overwrite,
+    stats,
+    top_k,
+    backend,
+):
+    dtype, N = torch.promote_types(logits.dtype, torch.float32), targets.shape[0]
+    return (
+        logits.new_empty(N, dtype=dtype),
+        logits.new_empty(len(_names(stats)), N, dtype=dtype),
+        logits.new_empty(N, dtype=torch.float64),
+    )
+
+
+def _logits_gradient(grad, grad_stats, logits, out, targets, temperature, logprob, stats_values, lse, constant_temperature,
+                     logit_scale, softcap, ignore_index, stats, backend) -> None:  # fmt: skip
+    """The gradient of logits [..., V] into `out` of the same shape."""
+    module = select_backend(_logits_problem(logits), backend)
+    token_grad = TokenGradient.of(grad, grad_stats, stats_values, _names(stats), logits.shape[-1])
+    matrices = _each_matrix(logits, targets, temperature, constant_temperature, logit_scale, softcap)
+    with torch.autocast(logits.device.type, enabled=False):
+        for rows, matrix, problem, targets_n, transform in matrices:
+            out_matrix = matrix if out is logits else out.view(-1, out.shape[-1])[rows]
+            own = token_grad.map(lambda term_N, rows=rows: term_N[rows])
+            module.backward_logits(
+                problem, own, matrix, out_matrix, targets_n, transform, ignore_index, logprob[rows], lse[rows]
+            )
+
+
+@torch.library.custom_op("isdaa::logprob_from_logits_backward", mutates_args=())
+def logprob_from_logits_backward(
+    grad: Tensor | None,
+    grad_stats: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: Tensor | None,
+    logprob: Tensor,
+    stats_values: Tensor,
+    lse: Tensor,
+    constant_temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    stats: str,
+    backend: str | None,
+) -> Tensor:
+    """d_logits [..., V], a new tensor."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _logits_gradient(grad, grad_stats, logits, out, targets, temperature, logprob, stats_values, lse, constant_temperature,
+                     logit_scale, softcap, ignore_index, stats, backend)  # fmt: skip
+    return out
+
+
+@logprob_from_logits_backward.register_fake
+def _(grad, grad_stats, logits, targets, temperature, logprob, stats_values, lse, constant_temperature, logit_scale, softcap,
+      ignore_index, stats, backend):  # fmt: skip
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("isdaa::logprob_from_logits_backward_", mutates_args=("logits",))
+def logprob_from_logits_backward_(
+    grad: Tensor | None,
+    grad_stats: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: Tensor | None,
+    logprob: Tensor,
+    stats_values: Tensor,
+    lse: Tensor,
+    constant_temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    stats: str,
+    backend: str | None,
+) -> None:
+    """The same, written over the logits."""
+    _logits_gradient(grad, grad_stats, logits, logits, targets, temperature, logprob, stats_values, lse, constant_temperature,
+                     logit_scale, softcap, ignore_index, stats, backend)  # fmt: skip
+
+
+@logprob_from_logits_backward_.register_fake
+def _(grad, grad_stats, logits, targets, temperature, logprob, stats_values, lse, constant_temperature, logit_scale, softcap,
+      ignore_index, stats, backend):  # fmt: skip
+    return None
+
+
+def _save_logits(ctx, inputs, output) -> None:
+    (logits, targets, temperature, ctx.constant_temperature, ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.overwrite,
+     ctx.stats, _, ctx.backend) = inputs  # fmt: skip
+    saved = _save_numbers(ctx, *output)
+    ctx.save_for_backward(logits, targets, temperature, *saved)
+
+
+def _name_of_logits(stats: str) -> str:
+    return "logprob_stats_from_logits" if stats else "logprob_from_logits"
+
+
+def _backward_logits(ctx, grad_logprob, grad_stats, _grad_lse):
+    logits, targets, temperature, logprob, stats_values, lse = ctx.saved_tensors
+    if (grad_logprob is None and grad_stats is None) or not ctx.needs_input_grad[0]:
+        return (None,) * 11
+    args = (grad_logprob, grad_stats, logits, targets, temperature, logprob, stats_values, lse, ctx.constant_temperature,
+            ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.stats, ctx.backend)  # fmt: skip
+    if not ctx.overwrite:
+        return logprob_from_logits_backward(*args), *[None] * 10
+    if torch.is_grad_enabled():  # create_graph=True: later there are no logits left to differentiate at
+        raise RuntimeError(_SECOND.format(_name_of_logits(ctx.stats) + " with overwrite_logits=True"))
+    # The write raises the version of the saved logits, so that autograd refuses a second backward, and that of others who saved them.
+    logprob_from_logits_backward_(*args)
+    return logits.detach(), *[None] * 10
+
+
+def _save_name_of_logits(ctx, inputs, output) -> None:
+    ctx.public_name = _name_of_logits(inputs[-2])
+
+
+logprob_from_logits_forward.register_autograd(_backward_logits, setup_context=_save_logits)
+logprob_from_logits_backward.register_autograd(_no_second_derivative, setup_context=_save_name_of_logits)
 
 
 @torch.library.custom_op("isdaa::segment_sum", mutates_args=())

@@ -3,7 +3,7 @@
 N tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isdaa_kernels import ops
+from isdaa_kernels.stats import DIFFERENTIABLE, STATS, VocabStats
 
 _OPERATORS = {
     torch.ops.isdaa.linear_logprob_forward.default: ops.linear_logprob_forward._init_fn,
     torch.ops.isdaa.linear_logprob_backward.default: ops.linear_logprob_backward._init_fn,
+    torch.ops.isdaa.logprob_from_logits_forward.default: ops.logprob_from_logits_forward._init_fn,
+    torch.ops.isdaa.logprob_from_logits_backward.default: ops.logprob_from_logits_backward._init_fn,
+    torch.ops.isdaa.logprob_from_logits_backward_.default: ops.logprob_from_logits_backward_._init_fn,
 }
 _PRODUCTS = {  # operator -> positions of its two factors
     "mm": (0, 1),
@@ -83,14 +87,79 @@ def dense_logprob(
     ignore_index: int = -100,
 ) -> Tensor:
     """The same numbers by autograd over dense logits, in fp32 (fp64 for fp64 inputs): truth and contender."""
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    z = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)) * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / (temperature[..., None] if isinstance(temperature, Tensor) and temperature.dim() else temperature)
+    head = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+    return dense_logprob_from_logits(_dense_product(hidden, weight, bias), targets, ignore_index=ignore_index, **head)
+
+
+def dense_logprob_from_logits(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, **head) -> Tensor:
+    """`logprob_from_logits` by autograd over an fp32 (fp64) copy of the logits."""
+    z = _dense_transform(logits, **head)
     scored = targets != ignore_index
     picked = z.log_softmax(-1).gather(-1, targets.where(scored, 0).long()[..., None])[..., 0]
     return picked.where(scored, 0.0)
+
+
+def dense_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    stats: Sequence[str] = STATS,
+    top_k: int = 20,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    **head,
+) -> tuple[Tensor, VocabStats]:
+    """`linear_logprob_stats` by autograd over dense logits, straight from the formulas. `head`: logit_scale, softcap, temperature."""
+    logits = _dense_product(hidden, weight, bias)
+    return dense_stats_from_logits(logits, targets, stats=stats, top_k=top_k, ignore_index=ignore_index, **head)
+
+
+def dense_stats_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    stats: Sequence[str] = STATS,
+    top_k: int = 20,
+    ignore_index: int = -100,
+    **head,
+) -> tuple[Tensor, VocabStats]:
+    """`logprob_stats_from_logits` by autograd over an fp32 (fp64) copy of the logits."""
+    z, scored = _dense_transform(logits, **head), targets != ignore_index
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    terms = -p * log_p.masked_fill(log_p == float("-inf"), 0)  # 0 log 0 = 0
+    largest = p.topk(min(top_k, p.shape[-1])).indices
+    target = targets.where(scored, 0).long()[..., None]
+    formulas = {
+        "entropy": lambda: terms.sum(-1),
+        "lse": lambda: z.logsumexp(-1),
+        "mean_logit": lambda: z.mean(-1),
+        "log_sum_sq_prob": lambda: (2 * log_p).logsumexp(-1),
+        "is_top1": lambda: (z.gather(-1, target) >= z).all(-1),
+        "top_k_mass": lambda: p.gather(-1, largest).sum(-1),
+        "top_k_entropy": lambda: terms.gather(-1, largest).sum(-1),
+    }
+    values = {
+        name: formulas[name]().where(scored, torch.zeros((), dtype=torch.bool if name == "is_top1" else z.dtype))
+        for name in stats
+    }
+    fixed = {name: value if name in DIFFERENTIABLE else value.detach() for name, value in values.items()}
+    return log_p.gather(-1, target)[..., 0].where(scored, 0.0), VocabStats(**fixed)
+
+
+def _dense_product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _dense_transform(
+    logits: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None, temperature: float | Tensor = 1.0
+) -> Tensor:
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / (temperature[..., None] if isinstance(temperature, Tensor) and temperature.dim() else temperature)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -1,14 +1,17 @@
 """The choice of a backend: by device, by name, and with every refusal said."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from isdaa_kernels import NoBackend, explain_backends
+from isdaa_kernels.backends import triton as triton_backend
 from isdaa_kernels.backends.cpu import tiles
 from isdaa_kernels.dispatch import PREFERENCE, Problem, select_backend
 
 CPU = Problem("cpu", torch.float32, torch.float32, 4, 3, 5)
-CUDA = Problem("cuda", torch.float32, torch.float32, 4, 3, 5)
+CUDA = Problem("cuda", torch.float32, torch.float32, 4, 3, 5, arch="sm_90")
 
 
 def test_the_accelerated_backend_comes_first():
@@ -19,7 +22,7 @@ def test_the_accelerated_backend_comes_first():
 def test_a_backend_asked_for_by_name_refuses_with_its_sentence():
     with pytest.raises(NoBackend, match="backend 'cpu' refuses: takes tensors on the CPU, not on cuda"):
         select_backend(CUDA, "cpu")
-    with pytest.raises(ValueError, match="backend: expected one of cpu, reference or None, got 'tpu'"):
+    with pytest.raises(ValueError, match="backend: expected one of triton, cpu, reference or None, got 'tpu'"):
         select_backend(CPU, "tpu")
 
 
@@ -35,6 +38,47 @@ def test_reference_never_stands_in_for_a_missing_cpu_backend(monkeypatch):
 def test_explain_backends_has_a_line_for_each():
     lines = explain_backends(CUDA).splitlines()
     assert [line.split(":")[0] for line in lines] == list(PREFERENCE)
-    assert "refuses: takes tensors on the CPU" in lines[0]
-    assert lines[1].endswith("takes it")
+    assert lines[0].endswith("takes it")
+    assert "refuses: takes tensors on the CPU" in lines[1]
+    assert lines[2].endswith("takes it")
     assert tiles.native.instruction_set() in explain_backends()
+
+
+def test_a_gpu_gets_the_triton_backend():
+    assert select_backend(CUDA).__name__.endswith(".triton")
+    assert select_backend(replace(CUDA, arch="gfx942")).__name__.endswith(".triton")
+
+
+# What the Triton backend does not take, each with the word that must be in the sentence.
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"arch": "sm_75"}, "takes NVIDIA GPUs from sm_80 on and AMD gfx90a, gfx942 and gfx950, not sm_75"),
+        ({"arch": "gfx1100"}, "not gfx1100"),
+        ({"arch": None}, "no GPU is visible to PyTorch"),
+        ({"hidden_dtype": torch.float64}, "takes float16, bfloat16 and float32, not hidden in torch.float64"),
+        ({"weight_dtype": torch.float64}, "not weight in torch.float64"),
+        ({"device_type": "mps", "arch": None}, "takes tensors on NVIDIA and AMD GPUs, not on mps"),
+    ],
+)
+def test_refusals_of_the_triton_backend(change, sentence):
+    problem = replace(CUDA, **change)
+    with pytest.raises(NoBackend, match=f"backend 'triton' refuses: .*{sentence}"):
+        select_backend(problem, "triton")
+    assert sentence in explain_backends(problem).splitlines()[0]
+    if problem.device_type == "cuda":
+        with pytest.raises(NoBackend, match=f"triton: .*{sentence}.*backend='reference'"):
+            select_backend(problem)
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence"),
+    [(None, "triton is not installed"), ("3.3.1", "triton 3.3.1 is too old; it takes 3.4 or newer")],
+)
+def test_a_missing_or_old_triton(monkeypatch, version, sentence):
+    monkeypatch.setattr(triton_backend, "triton_version", lambda: version)
+    with pytest.raises(NoBackend, match=sentence):
+        select_backend(CUDA, "triton")
+    with pytest.raises(NoBackend, match=f"{sentence}.*backend='reference'"):
+        select_backend(CUDA)
+    assert sentence in explain_backends(CUDA)

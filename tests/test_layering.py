@@ -13,21 +13,24 @@ ROOT = Path(isdaa_kernels.__file__).parent
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 # What each module of the package may import of the package; a folder stands for all in it.
-BASE = {"lm_head", "workspace", "targets"}
+BASE = {"lm_head", "workspace", "targets", "stats"}
 ALLOWED = {
     "lm_head": set(),
     "workspace": set(),
+    "stats": set(),
+    "arguments": set(),
     "targets": set(),
     "dispatch": {"backends"},  # by name, inside a function
     "backends": BASE | {"dispatch"},
-    "ops": {"dispatch", "lm_head"},
+    "ops": {"dispatch", "lm_head", "stats", "targets"},
     "objectives": set(),
-    "linear_logprob": {"ops", "lm_head", "targets", "workspace"},
+    "linear_logprob": {"ops", "arguments", "lm_head", "stats", "targets", "workspace"},
+    "logprob_from_logits": {"ops", "arguments", "lm_head", "stats", "targets"},
     "sequence_logprob": {"ops"},
     "preference_loss": {"objectives"},
     "linear_preference_loss": {"linear_logprob", "lm_head", "objectives", "preference_loss", "sequence_logprob"},
     "explain": {"dispatch", "workspace"},
-    "testing": {"ops"},
+    "testing": {"ops", "stats"},
 }
 
 

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from isdaa_kernels import linear_logprob
+from isdaa_kernels import linear_logprob, linear_logprob_stats, logprob_stats_from_logits
 from isdaa_kernels.backends.cpu import tiles
+from isdaa_kernels.stats import STATS
 from isdaa_kernels.testing import (
     assert_error_contract,
     dense_logprob,
+    dense_stats,
+    dense_stats_from_logits,
     make_sample,
     poisoned_empty,
     relative_error,
@@ -245,6 +248,27 @@ def test_more_than_2_to_31_logits():
     assert (d_weight.double().sum(0).abs() < 1e-4 * d_weight.double().abs().sum(0)).all()
 
 
+def _check_statistics(sample, head):
+    """Values and gradients of all, and the log-probs of the plain call to the bit."""
+    plain = linear_logprob(sample.hidden, sample.weight, sample.targets, bias=sample.bias, **head)
+    ours = lambda h, w, b: linear_logprob_stats(h, w, sample.targets, bias=b, stats=STATS, **head)  # noqa: E731
+    true = lambda h, w, b: dense_stats(h, w, sample.targets, bias=b, **head)  # noqa: E731
+    logprob, stats = ours(sample.hidden, sample.weight, sample.bias)
+    _, truth = true(*(x.double() for x in (sample.hidden, sample.weight, sample.bias)))
+    assert torch.equal(logprob, plain)
+    for name in STATS:
+        assert relative_error(getattr(stats, name), getattr(truth, name)) < 2e-6, name
+    whole = lambda result: result[0] + result[1].entropy - result[1].lse + 5 * result[1].mean_logit  # noqa: E731
+    for a, b in zip(sample.grads(lambda h, w, b: whole(ours(h, w, b))),
+                    sample.grads(lambda h, w, b: whole(true(h, w, b)), torch.float64), strict=True):  # fmt: skip
+        assert relative_error(a, b) < 2e-6
+    logits = sample.hidden @ sample.weight.T
+    _, from_logits = logprob_stats_from_logits(logits, sample.targets, stats=STATS)
+    _, truth = dense_stats_from_logits(logits.double(), sample.targets)
+    for name in STATS:
+        assert relative_error(getattr(from_logits, name), getattr(truth, name)) < 2e-6, name
+
+
 @pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("head", [{}, {"logit_scale": 0.5, "softcap": 4.0, "temperature": 0.8}])
 def test_every_instruction_set(name, head):
@@ -262,5 +286,6 @@ def test_every_instruction_set(name, head):
         truth = sample.grads(lambda h, w, b: dense_logprob(h, w, sample.targets, bias=b, **head), torch.float64)
         for ours, true in zip(_ours(sample, **head), truth, strict=True):
             assert relative_error(ours, true) < 1e-6
+        _check_statistics(sample, head)
     finally:
         tiles.native.use_instruction_set(best)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from isdaa_kernels import linear_logprob, ops
+from isdaa_kernels import linear_logprob, linear_logprob_stats, logprob_from_logits, logprob_stats_from_logits, ops
+from isdaa_kernels.stats import STATS
 from isdaa_kernels.testing import make_sample, relative_error
 
 
@@ -12,25 +13,53 @@ def _forward_args(sample, backend, **changes):
     args = {
         "hidden": sample.hidden, "weight": sample.weight, "targets": sample.targets, "bias": sample.bias, "temperature": None,
         "constant_temperature": 0.9, "logit_scale": 1.1, "softcap": 4.0, "ignore_index": -100, "max_scored": len(sample.targets),
-        "max_workspace_mb": None, "keep": [True, True], "backend": backend,
+        "max_workspace_mb": None, "keep": [True, True], "stats": "", "top_k": 20, "backend": backend,
     }  # fmt: skip
     return tuple({**args, **changes}.values())
 
 
+# Nothing asked for; all seven; only what has no gradient; only what has one.
+STATS_ARGUMENTS = ["", ",".join(STATS), "is_top1,top_k_mass", "entropy,lse"]
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference", None])
 @pytest.mark.parametrize("workspace", [None, 16.0])
-def test_opcheck(backend, workspace):
+@pytest.mark.parametrize("stats", STATS_ARGUMENTS)
+def test_opcheck(backend, workspace, stats):
     # With ignored tokens the kept logits end in rows that nobody reads or writes, which opcheck would compare.
     sample = make_sample(150, 6, 40, bias=True, ignored=0.0 if workspace else 0.3)
     for leaf in (sample.hidden, sample.weight, sample.bias):
         leaf.requires_grad_()
-    args = _forward_args(sample, backend, max_workspace_mb=workspace)
+    args = _forward_args(sample, backend, max_workspace_mb=workspace, stats=stats)
     torch.library.opcheck(ops.linear_logprob_forward, args)
-    logprob, lse, kept = ops.linear_logprob_forward(*args)
+    logprob, values, lse, kept = (x.detach() for x in ops.linear_logprob_forward(*args))
+    assert values.shape == (len(stats.split(",")) if stats else 0, 150)
     assert kept.shape == ((150, 40) if workspace and backend != "reference" else (0, 40))
-    grads = (torch.ones_like(logprob), *(x.detach() for x in args[:3]), sample.bias.detach(), None, lse, kept)
-    for need in ([True, True, True], [True, False, False], [False, True, True]):
-        torch.library.opcheck(ops.linear_logprob_backward, (*grads, 0.9, 1.1, 4.0, -100, 150, workspace, need, backend))
+    saved = (*(x.detach() for x in args[:3]), sample.bias.detach(), None, logprob, values, lse, kept)
+    ones, by_row = torch.ones_like(logprob), torch.ones_like(values) if stats else None
+    whole, some = [True, True, True], [([True, False, False], "both"), ([False, True, True], "both")]
+    for need, given in [(whole, "both"), *([(whole, "logprob"), (whole, "stats")] if stats else some)]:
+        grads = (ones if given != "stats" else None, by_row if given != "logprob" else None)
+        rest = (0.9, 1.1, 4.0, -100, 150, workspace, need, stats, backend)
+        torch.library.opcheck(ops.linear_logprob_backward, (*grads, *saved, *rest))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", None])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("stats", STATS_ARGUMENTS)
+def test_opcheck_of_logits(backend, overwrite, stats):
+    sample = make_sample(6, 4, 30, ignored=0.3)
+    logits = (sample.hidden @ sample.weight.T).view(2, 3, 30)
+    head = (1.1, 4.0, -100)  # scale, softcap, ignore_index
+    args = (logits, sample.targets, None, 0.9, *head, overwrite, stats, 5, backend)
+    torch.library.opcheck(ops.logprob_from_logits_forward, args)
+    if not overwrite:
+        torch.library.opcheck(ops.logprob_from_logits_forward, (logits.clone().requires_grad_(), *args[1:]))
+    logprob, values, lse = ops.logprob_from_logits_forward(*args)
+    grads = torch.ones_like(logprob), torch.ones_like(values) if stats else None
+    backward = ops.logprob_from_logits_backward_ if overwrite else ops.logprob_from_logits_backward
+    saved = (sample.targets, None, logprob, values, lse, 0.9)
+    torch.library.opcheck(backward, (*grads, logits, *saved, *head, stats, backend))
 
 
 def test_opcheck_of_segments():
@@ -175,3 +204,113 @@ def test_inference_mode():
     with torch.inference_mode():
         out = linear_logprob(sample.hidden, sample.weight, sample.targets)
     assert torch.equal(out, linear_logprob(sample.hidden, sample.weight, sample.targets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workspace", [None, 16.0])
+def test_fullgraph_compile_with_statistics(workspace):
+    sample = make_sample(40, 8, 60, bias=True, ignored=0.3)
+
+    def loss(hidden, weight, bias):
+        logprob, stats = linear_logprob_stats(
+            hidden, weight, sample.targets, stats=STATS, top_k=5, bias=bias, softcap=5.0, max_workspace_mb=workspace
+        )
+        return logprob * 2 + stats.entropy - 3 * stats.lse + stats.mean_logit + stats.is_top1 * stats.top_k_mass
+
+    eager = sample.grads(loss)
+    compiled = sample.grads(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(compiled, eager, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_fullgraph_compile_of_logits(overwrite):
+    sample = make_sample(40, 8, 60, bias=True, ignored=0.3)
+
+    def loss(hidden, weight, bias):
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        logprob, stats = logprob_stats_from_logits(
+            logits, sample.targets, stats=("entropy", "is_top1"), temperature=0.8, overwrite_logits=overwrite
+        )
+        return logprob * 2 + stats.entropy
+
+    eager = sample.grads(loss)
+    compiled = sample.grads(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(compiled, eager, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_fullgraph_compile_of_logits_with_a_changing_number_of_tokens():
+    compiled = torch.compile(
+        lambda z, t: logprob_from_logits(z[:, :-1], t).sum(), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for T in (5, 9, 33):
+        logits, targets = torch.randn(2, T, 20, requires_grad=True), torch.randint(20, (2, T - 1))
+        value = compiled(logits, targets)
+        (grad,) = torch.autograd.grad(value, logits)
+        plain = logprob_from_logits(logits[:, :-1], targets).sum()
+        assert torch.equal(value, plain)
+        assert torch.equal(grad, torch.autograd.grad(plain, logits)[0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_statistics_under_autocast_stay_fp32(backend):
+    sample = make_sample(64, 64, 500, torch.bfloat16, sharpness=8.0)
+
+    def call(hidden, weight, bias):
+        logprob, stats = linear_logprob_stats(hidden, weight, sample.targets, stats=STATS, backend=backend)
+        assert stats.entropy.dtype == torch.float32
+        return logprob + stats.entropy + stats.lse + stats.mean_logit + stats.top_k_entropy
+
+    def call_logits(hidden, weight, bias):
+        logits = hidden.float() + hidden.float().flip(0)  # [64, 64], and no product that autocast would round
+        logprob, stats = logprob_stats_from_logits(logits, sample.targets % 64, backend=backend)
+        return logprob + stats.entropy + 0 * weight.sum()
+
+    for function in (call, call_logits):
+        plain = sample.grads(function)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = sample.grads(function)  # forward and backward
+        for a, b in zip(inside, plain, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_second_derivative_of_a_statistic_is_refused_by_name():
+    sample = make_sample(5, 4, 9)
+    hidden = sample.hidden.requires_grad_()
+    _, stats = linear_logprob_stats(hidden, sample.weight, sample.targets)
+    (d_hidden,) = torch.autograd.grad(stats.entropy.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="isdaa_kernels: linear_logprob_stats has no second derivative"):
+        d_hidden.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_activation_checkpointing_with_statistics(reentrant, overwrite):
+    sample = make_sample(30, 8, 50)
+
+    def linear(hidden, weight):
+        logprob, stats = linear_logprob_stats(hidden, weight, sample.targets, stats=("entropy", "is_top1"))
+        return logprob + stats.entropy * stats.is_top1
+
+    def from_logits(hidden, weight):
+        logprob, stats = logprob_stats_from_logits(hidden @ weight.T, sample.targets, overwrite_logits=overwrite)
+        return logprob + stats.entropy
+
+    for function in (linear, from_logits):
+        plain = sample.grads(lambda h, w, b, f=function: f(h, w))
+        call = lambda h, w, b, f=function: checkpoint(f, h, w, use_reentrant=reentrant)  # noqa: E731
+        for a, b in zip(sample.grads(call), plain, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_backward_of_statistics_allocates_nothing_as_large_as_the_kept_logits():
+    sample = make_sample(1024, 8, 4000)
+    hidden = sample.hidden.requires_grad_()
+    _, stats = linear_logprob_stats(hidden, sample.weight, sample.targets, max_workspace_mb=64.0)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        stats.entropy.backward(sample.upstream)
+    largest = max(event.cpu_memory_usage for event in profile.events() if event.name.startswith("aten::"))
+    assert largest < 1024 * 4000 * 4

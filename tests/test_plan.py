@@ -79,3 +79,44 @@ def test_the_bytes_of_the_plan_hold(dtype, workspace, coefficient):
     gradients = sum(x.numel() * x.element_size() for x in (hidden, weight))
     assert peak > gradients
     assert peak - gradients <= plan(N, V, D, dtype, max_workspace_mb=workspace).bytes + (64 << 10)
+
+
+# The sizes of current models. Beside the fp32 sums of d_hidden (4 D bytes a token) the default is 512 MiB.
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize(
+    ("N", "D", "V"),
+    [(8192, 4096, 128256), (8192, 4096, 151936), (16384, 2048, 248320), (8192, 2304, 256000), (262144, 2048, 131072)],
+)
+def test_the_plan_of_a_gpu_that_is_not_here(N, D, V, arch):
+    there = {"device": "cuda", "arch": arch}
+    default = plan(N, V, D, torch.bfloat16, **there)
+    assert (default.backend, default.units, default.split) == ("triton", 4.0, False)
+    assert default.bytes <= (512 << 20) + 4 * N * D
+    frozen = plan(N, V, D, torch.bfloat16, frozen_head=True, **there)
+    assert (frozen.units, frozen.bytes <= 512 << 20) == (3.0, True)
+    tight = plan(N, V, D, torch.bfloat16, max_workspace_mb=512 + 64 * N / 2**20, **there)
+    assert tight.bytes <= (512 << 20) + 64 * N
+    assert tight.units == (5.0 if tight.split else 4.0)
+    assert tight.split == (N == 262144)
+    assert plan(N, V, D, torch.float32, **there).units == 4.0
+
+
+def test_one_slab_of_an_8b_model_fits_into_half_a_gibibyte():
+    assert plan(8192, 128256, 4096, torch.bfloat16, device="cuda", arch="sm_90").bytes <= 512 << 20
+
+
+def test_slabs_waste_few_tokens():
+    for N in (1, 255, 257, 8193, 16385, 100001):
+        made = plan(N, 128256, 4096, torch.bfloat16, device="cuda", arch="sm_90")
+        slabs = -(-N // made.token_tile)
+        assert made.token_tile % 256 == 0
+        assert 0 <= slabs * made.token_tile - N < 256 * slabs
+
+
+def test_a_budget_that_is_too_small_names_the_least():
+    with pytest.raises(
+        ValueError, match=r"max_workspace_mb: expected at least (\d+\.\d) for this problem, got 10"
+    ) as error:
+        plan(8192, 128256, 4096, torch.bfloat16, device="cuda", arch="sm_90", max_workspace_mb=10)
+    least = float(str(error.value).split("at least ")[1].split()[0])
+    assert plan(8192, 128256, 4096, torch.bfloat16, device="cuda", arch="sm_90", max_workspace_mb=least + 0.1).split

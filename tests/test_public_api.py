@@ -16,11 +16,15 @@ NAMES = {
     "Plan",
     "PreferenceLoss",
     "Problem",
+    "VocabStats",
     "check",
     "explain_backends",
     "importance_sampled",
     "linear_logprob",
+    "linear_logprob_stats",
     "linear_preference_loss",
+    "logprob_from_logits",
+    "logprob_stats_from_logits",
     "plan",
     "preference_loss",
     "sequence_logprob",
@@ -49,7 +53,16 @@ def test_the_types_ship():
     assert files("isdaa_kernels").joinpath("py.typed").is_file()
 
 
-def test_the_signature_of_the_primitive():
-    parameters = inspect.signature(isdaa_kernels.linear_logprob).parameters
-    assert list(parameters)[:3] == ["hidden", "weight", "targets"]
-    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in list(parameters.values())[3:])
+@pytest.mark.parametrize(("name", "positional"), [
+    ("linear_logprob", ["hidden", "weight", "targets"]), ("logprob_from_logits", ["logits", "targets"]),
+])  # fmt: skip
+def test_the_signatures_of_the_primitives(name, positional):
+    parameters = inspect.signature(getattr(isdaa_kernels, name)).parameters
+    assert list(parameters)[: len(positional)] == positional
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in list(parameters.values())[len(positional) :])
+    # The form with statistics takes the same, and two more.
+    with_stats = {"linear_logprob": "linear_logprob_stats", "logprob_from_logits": "logprob_stats_from_logits"}[name]
+    more = inspect.signature(getattr(isdaa_kernels, with_stats)).parameters
+    assert set(more) - set(parameters) == {"stats", "top_k"}
+    assert [p for p in more if p in parameters] == list(parameters)
+    assert all(more[p].default == parameters[p].default for p in parameters)

@@ -15,10 +15,25 @@ struct HeadTransform {
   T softcap;  // 0: none
 };
 
+// Running sums beside the log-sum-exp, over d = z - running_max; each null where nobody asked for it.
+template <typename T>
+struct FoldStats {
+  double* entropy_sum;  // [N] sum of exp(d) * -d
+  double* square_sum;   // [N] sum of exp(2 d)
+  double* logit_sum;    // [N] sum of z
+  T* top;               // [N, top_k] the largest z so far, descending; -inf where there were fewer
+  int64_t top_k;
+
+  bool sums() const { return entropy_sum || square_sum || logit_sum; }
+};
+
 template <typename T>
 struct FoldTile {
-  T* logits;               // [N, V] in: the product; out: z (scratch)
-  int64_t logits_stride;   // between rows
+  const T* logits;           // the product: row i begins at logits + row_index[i] * logits_stride
+  const int64_t* row_index;  // [N], or null: row i is i
+  int64_t logits_stride;
+  T* scratch;                // [N, V] may receive z; may be `logits`
+  int64_t scratch_stride;
   int64_t rows, columns;
   HeadTransform<T> head;
   const int64_t* target;   // [N] column of the target within this tile; outside [0, V) elsewhere
@@ -27,6 +42,7 @@ struct FoldTile {
   T* target_logit;         // [N] written where the target lies in this tile
   T* kept;                 // [N, V] a copy of the product, or null
   int64_t kept_stride;
+  FoldStats<T> stats;
   int threads;
 };
 
@@ -35,13 +51,22 @@ struct GradientTile {
   const T* logits;             // the product: row i begins at logits + row_index[i] * logits_stride
   const int64_t* row_index;    // [N], or null: row i is i
   int64_t logits_stride;
-  T* gradient;                 // [N, V] out: d(sum of coefficient * logprob) / d(product); may be `logits`
+  T* gradient;                 // out: d loss / d(product); row i begins at gradient + gradient_index[i] * gradient_stride; may be `logits`
+  const int64_t* gradient_index;  // [N], or null: row i is i
   int64_t gradient_stride;
   int64_t rows, columns;
   HeadTransform<T> head;
   const int64_t* target;       // [N] as above
   const double* lse;           // [N] log-sum-exp of z over the whole vocabulary
-  const T* coefficient;        // [N] upstream gradient of the log-prob, scaled by a power of two into [1, 2)
+  // d loss / d z = scale * (coefficient * (onehot - p) + p * (prob + log_prob * log p) + flat); scale is the power of two that brings the
+  // largest of a token's coefficients into [1, 2).
+  const T* coefficient;        // [N]
+  const T* prob;               // [N], or null: 0
+  const T* log_prob;           // [N], or null: 0
+  const T* flat;               // [N], or null: 0
+  const T* scale;              // [N], or null: 1 (the caller multiplies its sums)
+
+  bool statistics() const { return prob || log_prob || flat; }
   int threads;
 };
 

@@ -4,6 +4,8 @@
 // Below these the gradient entry p is written as 0, so that no product of the library's GEMM meets a denormal number.
 constexpr float kSmallestLogProbability = -50.0f;
 constexpr double kSmallestLogProbability64 = -650.0;
+// The entropy multiplies p by its log, so there the entry itself is compared, with exp(kSmallestLogProbability), and p goes further down.
+constexpr float kSmallestEntry = 2e-22f, kSmallestLogProbabilityOfStats = -60.0f;
 
 struct Transform {
   float scale, softcap, inverse_softcap, inverse_temperature;
@@ -29,12 +31,14 @@ struct Transform {
 
 inline Float bias_at(const float* bias, int64_t j, int64_t count) { return bias ? load(bias + j, count, 0.0f) : Float{}; }
 
-// z of the whole row in place, and its maximum.
-inline float transform_row(const FoldTile<float>& p, int64_t i) {
-  float* x = p.logits + i * p.logits_stride;
+// Points `z` at the final logits of the row (the product itself where the transform changes nothing, else scratch); their maximum.
+inline float transform_row(const FoldTile<float>& p, int64_t i, const float*& z) {
+  const float* x = p.logits + (p.row_index ? p.row_index[i] : i) * p.logits_stride;
+  float* out = p.scratch + i * p.scratch_stride;
   const Transform transform(p.head, i);
   const float lowest = -__builtin_inff();
   Float a = broadcast(lowest), b = a, slope;
+  z = transform.identity ? x : out;
   int64_t j = 0;
   if (transform.identity) {
     for (; j + 2 * ISDAA_LANES <= p.columns; j += 2 * ISDAA_LANES) {
@@ -45,60 +49,184 @@ inline float transform_row(const FoldTile<float>& p, int64_t i) {
   }
   for (; j < p.columns; j += ISDAA_LANES) {
     const int64_t count = p.columns - j;
-    if (!transform.identity) store(x + j, transform(load(x + j, count, 0.0f), bias_at(p.head.bias, j, count), slope), count);
-    a = maximum(load(x + j, count, lowest), a);
+    if (!transform.identity)
+      store(out + j, transform(load(x + j, count, 0.0f), bias_at(p.head.bias, j, count), slope), count);
+    a = maximum(load(z + j, count, lowest), a);
   }
   return max_lanes(a);
 }
 
-// sum of exp(z - shift), shift being the largest z. Terms that are 1 are counted apart: where the target has all but 1e-5 of the
-// probability, 1 - p lives in the small terms, and beside a 1 they would lose their digits.
-inline double sum_row(const float* z, int64_t columns, float shift) {
-  Float sum{};
+struct Sums {
+  double exponentials, entropy, squares, logits;
+};
+
+// Sums over d = z - shift, shift being the largest z: exp(d), and of those asked for exp(d) * -d, exp(2 d), z. Terms that are 1 are
+// counted apart: where the target has all but 1e-5 of the probability, 1 - p lives in the small terms, and beside a 1 they would lose
+// their digits. Two levels of fp32 sums, as many equal terms in one would round alike.
+template <bool kEntropy, bool kSquares, bool kLogits>
+inline Sums sum_row(const float* z, int64_t columns, float shift) {
+  constexpr int64_t kGroup = 16 * ISDAA_LANES;
+  Float sum{}, entropy{}, squares{}, logits{};
   Int ones{};
-  const auto add = [&](Float difference) {
-    const Int one = difference == 0.0f;
-    const Float e = exponential(difference, -87.0f);
-    sum += one ? Float{} : e;
-    ones -= one;
+  for (int64_t begin = 0; begin < columns; begin += kGroup) {
+    Float group{}, group_entropy{}, group_squares{}, group_logits{};
+    const auto add = [&](Float v, Float counted) {
+      const Float d = v - shift;
+      const Int one = d == 0.0f;
+      const Float e = exponential(d, -87.0f);
+      group += one ? Float{} : e;
+      ones -= one;
+      if constexpr (kEntropy) group_entropy += d < -87.0f ? Float{} : e * -d;  // not 0 * inf
+      if constexpr (kSquares) group_squares += (one | (d < -43.0f)) ? Float{} : e * e;  // no denormal number is made
+      if constexpr (kLogits) group_logits += counted;
+    };
+    if (begin + kGroup <= columns) {
+      for (int64_t j = begin; j < begin + kGroup; j += ISDAA_LANES) {
+        const Float v = load(z + j);
+        add(v, v);
+      }
+    } else {
+      for (int64_t j = begin; j < columns; j += ISDAA_LANES)
+        add(load(z + j, columns - j, -__builtin_inff()), load(z + j, columns - j, 0.0f));
+    }
+    sum += group;
+    entropy += group_entropy;
+    squares += group_squares;
+    logits += group_logits;
+  }
+  const double count = sum_lanes(__builtin_convertvector(ones, Float));
+  return {sum_lanes(sum) + count, sum_lanes(entropy), sum_lanes(squares) + count, sum_lanes(logits)};
+}
+
+inline Sums sum_row(const FoldStats<float>& s, const float* z, int64_t columns, float shift) {
+  switch ((s.entropy_sum ? 1 : 0) | (s.square_sum ? 2 : 0) | (s.logit_sum ? 4 : 0)) {
+    case 1: return sum_row<true, false, false>(z, columns, shift);
+    case 2: return sum_row<false, true, false>(z, columns, shift);
+    case 3: return sum_row<true, true, false>(z, columns, shift);
+    case 4: return sum_row<false, false, true>(z, columns, shift);
+    case 5: return sum_row<true, false, true>(z, columns, shift);
+    case 6: return sum_row<false, true, true>(z, columns, shift);
+    case 7: return sum_row<true, true, true>(z, columns, shift);
+    default: return sum_row<false, false, false>(z, columns, shift);
+  }
+}
+
+template <typename T>
+inline void insert_top(T* top, int64_t k, T z) {
+  int64_t at = k - 1;
+  for (; at > 0 && top[at - 1] < z; --at) top[at] = top[at - 1];
+  top[at] = z;
+}
+
+// The running k largest. Few elements pass the smallest of them once the first tiles are through, so most of a row costs one comparison.
+inline void fold_top(float* top, int64_t k, const float* z, int64_t columns) {
+  constexpr int64_t kGroup = 4 * ISDAA_LANES;
+  const auto insert = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+      if (z[j] > top[k - 1]) insert_top(top, k, z[j]);
   };
   int64_t j = 0;
-  for (; j + ISDAA_LANES <= columns; j += ISDAA_LANES) add(load(z + j) - shift);
-  if (j < columns) add(load(z + j, columns - j, -__builtin_inff()) - shift);
-  return sum_lanes(sum) + sum_lanes(__builtin_convertvector(ones, Float));
+  for (; j + kGroup <= columns; j += kGroup) {
+    const float threshold = top[k - 1];
+    Int above{};
+    for (int64_t i = 0; i < kGroup; i += ISDAA_LANES) above |= load(z + j + i) > threshold;
+    if (any(above)) insert(j, j + kGroup);
+  }
+  insert(j, columns);
+}
+
+inline void fold_top(double* top, int64_t k, const double* z, int64_t columns) {
+  for (int64_t j = 0; j < columns; ++j)
+    if (z[j] > top[k - 1]) insert_top(top, k, z[j]);
+}
+
+// Adds a tile's sums, taken at `new_max`, to the running ones, which are moved there from `old_max`.
+template <typename T>
+inline void add_sums(const FoldTile<T>& p, int64_t i, const Sums& sums, T old_max, T new_max) {
+  const FoldStats<T>& s = p.stats;
+  const bool first = old_max == -__builtin_inf();
+  const double factor = first ? 0.0 : __builtin_exp((double)old_max - new_max);
+  // exp(z - new) * (new - z) = factor * exp(z - old) * ((old - z) + (new - old))
+  if (s.entropy_sum)
+    s.entropy_sum[i] = (first ? 0.0 : factor * (s.entropy_sum[i] + ((double)new_max - old_max) * p.running_sum[i])) + sums.entropy;
+  if (s.square_sum) s.square_sum[i] = s.square_sum[i] * factor * factor + sums.squares;
+  if (s.logit_sum) s.logit_sum[i] += sums.logits;
+  p.running_sum[i] = p.running_sum[i] * factor + sums.exponentials;
+  p.running_max[i] = new_max;
+}
+
+template <typename T>
+inline void fold_rest(const FoldTile<T>& p, int64_t i, const T* z) {
+  if (p.target[i] >= 0 && p.target[i] < p.columns) p.target_logit[i] = z[p.target[i]];
+  if (p.stats.top) fold_top(p.stats.top + i * p.stats.top_k, p.stats.top_k, z, p.columns);
 }
 
 inline void fold_row(const FoldTile<float>& p, int64_t i) {
-  const float* z = p.logits + i * p.logits_stride;
-  if (p.kept) __builtin_memcpy(p.kept + i * p.kept_stride, z, p.columns * sizeof(float));
-  const float tile_max = transform_row(p, i), old_max = p.running_max[i], lowest = -__builtin_inff();
+  const float* z;
+  if (p.kept)
+    __builtin_memcpy(p.kept + i * p.kept_stride, p.logits + (p.row_index ? p.row_index[i] : i) * p.logits_stride,
+                     p.columns * sizeof(float));
+  const float tile_max = transform_row(p, i, z), old_max = p.running_max[i];
   const float new_max = tile_max > old_max ? tile_max : old_max;
-  const double sum = sum_row(z, p.columns, new_max == lowest ? 0.0f : new_max);
-  const double factor = old_max == lowest ? 0.0 : __builtin_exp((double)old_max - new_max);
-  p.running_sum[i] = p.running_sum[i] * factor + sum;
-  p.running_max[i] = new_max;
-  if (p.target[i] >= 0 && p.target[i] < p.columns) p.target_logit[i] = z[p.target[i]];
+  const float shift = new_max == -__builtin_inff() ? 0.0f : new_max;
+  add_sums(p, i, p.stats.sums() ? sum_row(p.stats, z, p.columns, shift) : sum_row<false, false, false>(z, p.columns, shift), old_max,
+           new_max);
+  fold_rest(p, i, z);
+}
+
+template <typename T>
+inline T coefficient_at(const T* values, int64_t i) { return values ? values[i] : T(0); }
+
+// p of the target by expm1, so that 1 - p keeps its digits when p is near 1. d = log p.
+template <typename T>
+inline double target_gradient(const GradientTile<T>& p, int64_t i, double d, double floor) {
+  double g = -(double)p.coefficient[i] * __builtin_expm1(d) + coefficient_at(p.flat, i);
+  if (p.statistics() && !(d < floor)) g += __builtin_exp(d) * (coefficient_at(p.prob, i) + coefficient_at(p.log_prob, i) * d);
+  return g;
+}
+
+// The least exponent at which coefficient * p is no denormal number.
+inline float log_floor(float coefficient) {
+  const float least = __builtin_logf(1.17549435e-38f / __builtin_fabsf(coefficient)) + 0.001f;
+  return least > kSmallestLogProbability ? least : kSmallestLogProbability;
 }
 
 inline void gradient_row(const GradientTile<float>& p, int64_t i) {
   const float* x = p.logits + (p.row_index ? p.row_index[i] : i) * p.logits_stride;
-  float* g = p.gradient + i * p.gradient_stride;
+  float* g = p.gradient + (p.gradient_index ? p.gradient_index[i] : i) * p.gradient_stride;
   const Transform transform(p.head, i);
-  const float lse = (float)p.lse[i], lse_rest = (float)(p.lse[i] - lse), minus_c = -p.coefficient[i];
+  const float lse = (float)p.lse[i], lse_rest = (float)(p.lse[i] - lse), scale = p.scale ? p.scale[i] : 1.0f;
   const int64_t target = p.target[i];
   const bool here = target >= 0 && target < p.columns;
   const float target_product = here ? x[target] : 0.0f;  // read before the row is overwritten
   Float slope = broadcast(1.0f);
-  for (int64_t j = 0; j < p.columns; j += ISDAA_LANES) {
-    const int64_t count = p.columns - j;
-    Float z = load(x + j, count, 0.0f);
-    if (!transform.identity) z = transform(z, bias_at(p.head.bias, j, count), slope);
-    store(g + j, exponential((z - lse) - lse_rest, kSmallestLogProbability) * minus_c * slope, count);
+  const auto each = [&](auto entry) {
+    for (int64_t j = 0; j < p.columns; j += ISDAA_LANES) {
+      const int64_t count = p.columns - j;
+      Float z = load(x + j, count, 0.0f);
+      if (!transform.identity) z = transform(z, bias_at(p.head.bias, j, count), slope);
+      store(g + j, entry((z - lse) - lse_rest) * slope, count);
+    }
+  };
+  if (!p.statistics()) {
+    const float minus_c = -p.coefficient[i] * scale, floor = p.scale ? log_floor(minus_c) : kSmallestLogProbability;
+    each([&](Float d) { return exponential(d, floor) * minus_c; });
+  } else {
+    const float prob = coefficient_at(p.prob, i) - p.coefficient[i], log_prob = coefficient_at(p.log_prob, i);
+    const float flat = coefficient_at(p.flat, i), least = 1.17549435e-38f / scale;
+    const float limit = least > kSmallestEntry ? least : kSmallestEntry;
+    each([&](Float d) {
+      const Float e = exponential(d, kSmallestLogProbabilityOfStats);
+      const Float low = broadcast(kSmallestLogProbabilityOfStats), bounded = d < low ? low : d;  // 0 * -inf is no number
+      const Float entry = e * (prob + log_prob * bounded) + flat;
+      return (absolute(entry) < limit ? Float{} : entry) * scale;
+    });
   }
-  if (here) {  // c * (1 - p) by expm1: p near 1 keeps its digits
+  if (here) {
     Float z = broadcast(target_product);
     if (!transform.identity) z = transform(z, broadcast(p.head.bias ? p.head.bias[target] : 0.0f), slope);
-    g[target] = (float)(minus_c * __builtin_expm1((double)z[0] - p.lse[i]) * slope[0]);
+    const double entry = target_gradient(p, i, (double)z[0] - p.lse[i], kSmallestLogProbability);
+    g[target] = (float)(entry * scale * slope[0]);
   }
 }
 
@@ -115,29 +243,40 @@ inline double transform64(const HeadTransform<double>& h, int64_t row, double x,
 }
 
 inline void fold_row(const FoldTile<double>& p, int64_t i) {
-  double* x = p.logits + i * p.logits_stride;
+  const double* x = p.logits + (p.row_index ? p.row_index[i] : i) * p.logits_stride;
+  double* z = p.scratch + i * p.scratch_stride;
   if (p.kept) __builtin_memcpy(p.kept + i * p.kept_stride, x, p.columns * sizeof(double));
   const double lowest = -__builtin_inf(), old_max = p.running_max[i];
-  double new_max = old_max, slope, sum = 0;
+  double new_max = old_max, slope;
   for (int64_t j = 0; j < p.columns; ++j) {
-    x[j] = transform64(p.head, i, x[j], p.head.bias ? p.head.bias[j] : 0.0, slope);
-    new_max = x[j] > new_max ? x[j] : new_max;
+    z[j] = transform64(p.head, i, x[j], p.head.bias ? p.head.bias[j] : 0.0, slope);
+    new_max = z[j] > new_max ? z[j] : new_max;
   }
   const double shift = new_max == lowest ? 0.0 : new_max;
-  for (int64_t j = 0; j < p.columns; ++j) sum += __builtin_exp(x[j] - shift);
-  const double factor = old_max == lowest ? 0.0 : __builtin_exp(old_max - new_max);
-  p.running_sum[i] = p.running_sum[i] * factor + sum;
-  p.running_max[i] = new_max;
-  if (p.target[i] >= 0 && p.target[i] < p.columns) p.target_logit[i] = x[p.target[i]];
+  Sums sums{};
+  for (int64_t j = 0; j < p.columns; ++j) sums.exponentials += __builtin_exp(z[j] - shift);
+  if (p.stats.sums())
+    for (int64_t j = 0; j < p.columns; ++j) {
+      const double d = z[j] - shift, e = __builtin_exp(d);
+      sums.entropy += e == 0 ? 0.0 : e * -d;
+      sums.squares += e * e;
+      sums.logits += z[j];
+    }
+  add_sums(p, i, sums, old_max, new_max);
+  fold_rest(p, i, z);
 }
 
 inline void gradient_row(const GradientTile<double>& p, int64_t i) {
   const double* x = p.logits + (p.row_index ? p.row_index[i] : i) * p.logits_stride;
-  double* g = p.gradient + i * p.gradient_stride;
+  double* g = p.gradient + (p.gradient_index ? p.gradient_index[i] : i) * p.gradient_stride;
+  const double prob = coefficient_at(p.prob, i) - p.coefficient[i], log_prob = coefficient_at(p.log_prob, i);
+  const double flat = coefficient_at(p.flat, i), scale = p.scale ? p.scale[i] : 1.0;
   for (int64_t j = 0; j < p.columns; ++j) {
     double slope;
-    const double log_p = transform64(p.head, i, x[j], p.head.bias ? p.head.bias[j] : 0.0, slope) - p.lse[i];
-    const double d = j == p.target[i] ? -__builtin_expm1(log_p) : log_p < kSmallestLogProbability64 ? 0.0 : -__builtin_exp(log_p);
-    g[j] = p.coefficient[i] * d * slope;
+    const double d = transform64(p.head, i, x[j], p.head.bias ? p.head.bias[j] : 0.0, slope) - p.lse[i];
+    double entry = flat;
+    if (j == p.target[i]) entry = target_gradient(p, i, d, kSmallestLogProbability64);
+    else if (!(d < kSmallestLogProbability64)) entry += __builtin_exp(d) * (prob + log_prob * d);
+    g[j] = entry * scale * slope;
   }
 }

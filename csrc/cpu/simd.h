@@ -58,6 +58,13 @@ inline Float hyperbolic_tangent(Float x) {
   return x == x ? y : x;
 }
 
+inline bool any(Int mask) {
+  int64_t words[ISDAA_LANES / 2], all = 0;
+  __builtin_memcpy(words, &mask, sizeof mask);
+  for (int64_t word : words) all |= word;
+  return all != 0;
+}
+
 inline double sum_lanes(Float v) {
   double total = 0;
   for (int i = 0; i < ISDAA_LANES; ++i) total += v[i];

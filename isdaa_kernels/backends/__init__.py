@@ -3,10 +3,18 @@
     refusal(problem) -> str | None       why it does not take the problem, as a sentence
     describe() -> str                    what was built or found, for explain_backends
     make_plan(problem) -> Plan           tiles, workspace and matrix work; pure
-    forward(problem, hidden_ND, weight_VD, targets_N, transform, ignore_index) -> (logprob_N, lse_N, kept)
-    backward(problem, grad_N, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept, need_bias)
+    forward(problem, hidden_ND, weight_VD, targets_N, transform, ignore_index, stats: StatsRequest)
+        -> (logprob_N, stats_SN, lse_N, kept_KV)
+    backward(problem, grad: TokenGradient, hidden_ND, weight_VD, targets_N, transform, ignore_index, logprob_N, lse_N, kept_KV, need_bias)
         -> (d_hidden_ND | None, d_weight_VD | None, d_bias_V | None)
+    forward_logits(problem, logits_NV, targets_N, transform, ignore_index, stats: StatsRequest)
+        -> (logprob_N, stats_SN, lse_N)                             the logits are not changed
+    backward_logits(problem, grad: TokenGradient, logits_NV, out_NV, targets_N, transform, ignore_index, logprob_N, lse_N)
+        -> None           d_logits into every row of out_NV, 0 for a token without gradient; out_NV may be logits_NV itself
 
-logprob is fp32 (fp64 for fp64 inputs), lse fp64, `kept` the logits [kept_tokens, V] of the first scored tokens. Backends never import
-each other.
+logprob is fp32 (fp64 for fp64 inputs), lse fp64, `kept` the logits [kept_tokens, V] of the first scored tokens. stats_SN has the dtype
+of logprob and a row for each of stats.names, in that order: 0 for an ignored token, NaN (is_top1: 0) for one whose target is outside the
+vocabulary; [0, N] when nothing is asked for. What is not asked for costs nothing; the log-probs do not depend on it.
+A problem of existing logits has D = 0 and the dtype of the logits twice; logits_NV and out_NV may have any strides.
+Backends never import each other.
 """

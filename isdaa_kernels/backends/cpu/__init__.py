@@ -8,10 +8,11 @@ N tokens, D hidden size, V vocabulary.
 from isdaa_kernels.backends.cpu import tiles
 from isdaa_kernels.backends.cpu.backward import backward
 from isdaa_kernels.backends.cpu.forward import forward
+from isdaa_kernels.backends.cpu.logits import backward_logits, forward_logits
 from isdaa_kernels.backends.cpu.plan import make_plan
 from isdaa_kernels.dispatch import Problem
 
-__all__ = ["backward", "describe", "forward", "make_plan", "refusal"]
+__all__ = ["backward", "backward_logits", "describe", "forward", "forward_logits", "make_plan", "refusal"]
 
 
 def refusal(problem: Problem) -> str | None:

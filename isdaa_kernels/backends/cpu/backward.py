@@ -14,22 +14,24 @@ from isdaa_kernels.backends.cpu.sums import BiasSum, HiddenSum, Upstream, Weight
 from isdaa_kernels.backends.cpu.tiles import FORWARD_TOKENS, HiddenTiles, RowKernels, WeightTiles, kept_block, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
+from isdaa_kernels.stats import TokenGradient
 from isdaa_kernels.targets import scored_rows
 
 
 def backward(
     problem: Problem,
-    grad_N: Tensor,
+    grad: TokenGradient,
     hidden_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
     transform: Transform,
     ignore_index: int,
+    logprob_N: Tensor,
     lse_N: Tensor,
-    kept: Tensor,
+    kept_KV: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    sweep = _Sweep(problem, grad_N, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept)
+    sweep = _Sweep(problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV)
     if not sweep.plan.split:
         return sweep.run(problem.need_hidden, problem.need_weight, need_bias)
     d_hidden, _, _ = sweep.run(True, False, False, tokens_outside=True)
@@ -40,14 +42,14 @@ def backward(
 class _Sweep:
     """One or two walks over the tiles of the same backward."""
 
-    def __init__(self, problem, grad_N, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV):
+    def __init__(self, problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV):
         scored = scored_rows(targets_N, ignore_index, problem.N)
-        active = (grad_N.index_select(0, scored) != 0).nonzero()[:, 0]  # a coefficient of exactly 0 costs nothing
+        active = grad.select(scored).active().nonzero()[:, 0]  # coefficients of exactly 0 cost nothing
         self.rows = scored[active]
         self.kept_KV, self.kept_rows = kept_KV, active[active < len(kept_KV)]
         self.hidden_ND, self.weight_VD = hidden_ND, weight_VD
         self.dtype, self.plan, self.V = problem.compute_dtype, make_plan(problem), problem.V
-        self.upstream = Upstream(grad_N.index_select(0, self.rows).to(self.dtype))
+        self.upstream = Upstream(grad.select(self.rows).map(lambda term_N: term_N.to(self.dtype)))
         self.lse_N = lse_N.index_select(0, self.rows)
         self.kernels = RowKernels(transform, self.rows, targets_N, self.dtype)
 
@@ -84,7 +86,7 @@ class _Sweep:
             else:
                 torch.mm(padded_TD, weight_CD.T, out=padded_TC)
             self.kernels.backward_tile(
-                source, source_rows, g_TC, token[0], column[0], self.lse_N, self.upstream.mantissa_N
+                source, source_rows, g_TC, None, token[0], column[0], self.lse_N, self.upstream.mantissa
             )
             yield token, column, g_TC, hidden_TD, weight_CD
 

@@ -13,17 +13,25 @@ from isdaa_kernels.backends.cpu.tiles import (
     RowKernels,
     State,
     WeightTiles,
+    finish,
     kept_block,
     spans,
 )
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
+from isdaa_kernels.stats import StatsRequest
 from isdaa_kernels.targets import raise_bad_targets, scored_rows
 
 
 def forward(
-    problem: Problem, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, transform: Transform, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: Problem,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    transform: Transform,
+    ignore_index: int,
+    stats: StatsRequest,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raise_bad_targets(targets_N, problem.V, ignore_index)
     dtype, plan = problem.compute_dtype, make_plan(problem)
     rows = scored_rows(targets_N, ignore_index, problem.N)
@@ -31,7 +39,7 @@ def forward(
     hidden = HiddenTiles(hidden_ND, rows, FORWARD_TOKENS, dtype)
     weight = WeightTiles(weight_VD, plan.vocab_tile, dtype)
     kernels = RowKernels(transform, rows, targets_N, dtype)
-    state = State(len(rows), dtype)
+    state = State(len(rows), problem.V, dtype, stats)
     buffer = torch.empty(FORWARD_TOKENS * plan.vocab_tile, dtype=dtype)
     for column, column_end in spans(problem.V, plan.vocab_tile):
         weight_CD = weight.load(column, column_end)
@@ -40,9 +48,6 @@ def forward(
         for token, token_end in spans(len(rows), FORWARD_TOKENS):
             torch.mm(hidden.load(token, token_end), weight_CD.T, out=logits_TC)
             kept_TC = kept_KC[token:token_end] if token_end <= len(kept_KC) else None
-            kernels.forward_tile(logits_TC[: token_end - token], token, column, state, kept_TC)
-    logprob, lse = state.finish()
-    logprob_N = torch.zeros(len(targets_N), dtype=dtype)
-    lse_N = torch.zeros(len(targets_N), dtype=torch.float64)
-    logprob_N[rows], lse_N[rows] = logprob.to(dtype), lse
-    return logprob_N, lse_N, kept_KV
+            tile_TC = logits_TC[: token_end - token]
+            kernels.forward_tile(tile_TC, None, tile_TC, token, column, state, kept_TC)
+    return *finish(state, rows, len(targets_N), dtype), kept_KV

@@ -6,24 +6,34 @@ N tokens that carry a gradient, D hidden size, V vocabulary, T tokens and C voca
 import torch
 from torch import Tensor
 
+from isdaa_kernels.stats import TokenGradient
+
 # A token whose coefficient is this many powers of two below the largest adds 0 to d_weight and d_bias (it keeps its own d_hidden).
 # With the floor on p in the row kernels, no product of the library's GEMM is a denormal number then.
 _FAINT = {torch.float32: 48, torch.float64: 300}
+_NO_EXPONENT = -(1 << 20)  # of a coefficient 0
 
 
 class Upstream:
-    """Coefficients of the log-probs: grad = mantissa * 2 ** exponent, 1 <= |mantissa| < 2; a non-finite one is its own mantissa."""
+    """Coefficients of the tokens: grad = mantissa * 2 ** exponent, where the largest of a token's mantissas lies in [1, 2). Where one is
+    not finite the token's mantissas are the coefficients themselves."""
 
-    def __init__(self, grad_N: Tensor):
-        mantissa_N, exponent_N = torch.frexp(grad_N)
-        finite_N = torch.isfinite(grad_N)
-        exponent_N = exponent_N.long() - 1
-        self.mantissa_N = torch.where(finite_N, mantissa_N * 2, grad_N).contiguous()
+    def __init__(self, grad: TokenGradient):
+        first_N = grad.logprob_N
+        self.dtype, self.count = first_N.dtype, len(first_N)
+        finite_N = torch.ones(self.count, dtype=torch.bool)
+        exponent_N = torch.full((self.count,), _NO_EXPONENT, dtype=torch.int64)
+        for term_N in grad.terms():
+            finite_N &= torch.isfinite(term_N)
+            own_N = torch.frexp(term_N).exponent.long() - 1
+            exponent_N = torch.maximum(exponent_N, own_N.masked_fill_(term_N == 0, _NO_EXPONENT))
+        self.mantissa = grad.map(lambda term_N: _mantissa(term_N, exponent_N, finite_N))
         self.top = int(exponent_N[finite_N].max()) if bool(finite_N.any()) else 0
         exponent_N = torch.where(finite_N, exponent_N, self.top)
-        self.scale_N = torch.ldexp(torch.ones_like(grad_N), exponent_N)
-        relative_N = torch.ldexp(torch.ones_like(grad_N), exponent_N - self.top)
-        self.relative_N = torch.where(exponent_N < self.top - _FAINT[grad_N.dtype], 0, relative_N)
+        ones_N = torch.ones_like(first_N)
+        self.scale_N = torch.ldexp(ones_N, exponent_N)
+        relative_N = torch.ldexp(ones_N, exponent_N - self.top)
+        self.relative_N = torch.where(exponent_N < self.top - _FAINT[self.dtype], 0, relative_N)
 
     def unscale_(self, total: Tensor) -> Tensor:
         """total * 2 ** top in place. Results below the smallest normal number are 0: making them would be slow on many processors."""
@@ -35,12 +45,21 @@ class Upstream:
         return total.mul_(2.0**half).mul_(2.0 ** (self.top - half)) if self.top else total
 
 
+def _mantissa(term_N: Tensor, exponent_N: Tensor, finite_N: Tensor) -> Tensor:
+    """term * 2 ** -exponent; 0 where that is nothing beside the token's largest term, and would be a denormal number at last."""
+    fraction_N, own_N = torch.frexp(term_N)
+    below_N = own_N.long() - 1 - exponent_N
+    mantissa_N = torch.ldexp(fraction_N * 2, below_N.clamp(-_FAINT[term_N.dtype], 0))
+    mantissa_N = torch.where(below_N < -_FAINT[term_N.dtype], 0, mantissa_N)
+    return torch.where(finite_N, mantissa_N, term_N).contiguous()
+
+
 class HiddenSum:
     """d_hidden. Sums stand in the output's own first rows where the dtype allows it, else in a buffer: for all tokens, or for one
     tile of `tile` tokens when the walk finishes a tile before it goes on."""
 
     def __init__(self, hidden_ND: Tensor, rows_N: Tensor, upstream: Upstream, tile: int | None):
-        dtype = upstream.mantissa_N.dtype
+        dtype = upstream.dtype
         self.out_ND = torch.empty(hidden_ND.shape, dtype=hidden_ND.dtype)
         self.rows_N, self.upstream = rows_N, upstream
         self.one_tile = tile is not None
@@ -82,8 +101,8 @@ class WeightSum:
     """d_weight, one vocabulary tile after the other: summed in the output itself, or in one tile of fp32 beside a 16-bit output."""
 
     def __init__(self, weight_VD: Tensor, tile: int, upstream: Upstream):
-        dtype = upstream.mantissa_N.dtype
-        nothing = len(upstream.mantissa_N) == 0
+        dtype = upstream.dtype
+        nothing = upstream.count == 0
         make = torch.zeros if nothing else torch.empty
         self.out_VD = make(weight_VD.shape, dtype=weight_VD.dtype)
         self.in_place = weight_VD.dtype == dtype
@@ -117,7 +136,7 @@ class BiasSum:
 
     def __init__(self, bias_V: Tensor, upstream: Upstream):
         self.dtype, self.upstream = bias_V.dtype, upstream
-        self.sum_V = torch.zeros(bias_V.shape, dtype=upstream.mantissa_N.dtype)
+        self.sum_V = torch.zeros(bias_V.shape, dtype=upstream.dtype)
 
     def add(self, token: tuple[int, int], column: tuple[int, int], g_TC: Tensor) -> None:
         self.sum_V[slice(*column)].addmv_(g_TC.T, self.upstream.relative_N[slice(*token)])

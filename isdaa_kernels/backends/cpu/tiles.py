@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels.lm_head import Transform
+from isdaa_kernels.stats import StatsRequest, TokenGradient
 
 try:
     from isdaa_kernels import _cpu as native
@@ -96,50 +97,131 @@ class RowKernels:
             **self.head,
         }
 
-    def forward_tile(self, logits_TC: Tensor, token: int, column: int, state: "State", kept_TC: Tensor | None) -> None:
-        """Fold the tile into the state of its tokens. `logits_TC` is scratch afterwards; kept_TC receives a copy of it first."""
-        target_T = self.targets_N[token : token + len(logits_TC)] - column
+    def forward_tile(
+        self,
+        logits: Tensor,
+        logits_rows_T: Tensor | None,
+        scratch_TC: Tensor,
+        token: int,
+        column: int,
+        state: "State",
+        kept_TC: Tensor | None = None,
+    ) -> None:
+        """Fold a tile of logits (whose rows `logits_rows_T` names) into the state of its tokens. scratch_TC may be overwritten, and may
+        be the logits; kept_TC receives a copy of them first."""
+        target_T = self.targets_N[token : token + len(scratch_TC)] - column
         getattr(native, f"forward_tile_{self.suffix}")(
-            logits=logits_TC.data_ptr(),
-            logits_stride=logits_TC.stride(0),
-            rows=logits_TC.shape[0],
-            columns=logits_TC.shape[1],
-            running_max=state.max_N.data_ptr() + token * self.size,
-            running_sum=state.sum_N.data_ptr() + token * 8,
-            target_logit=state.target_N.data_ptr() + token * self.size,
-            kept=0 if kept_TC is None else kept_TC.data_ptr(),
+            logits=logits.data_ptr(),
+            row_index=_address(logits_rows_T),
+            logits_stride=logits.stride(0),
+            scratch=scratch_TC.data_ptr(),
+            scratch_stride=scratch_TC.stride(0),
+            rows=scratch_TC.shape[0],
+            columns=scratch_TC.shape[1],
+            kept=_address(kept_TC),
             kept_stride=0 if kept_TC is None else kept_TC.stride(0),
+            **state.addresses(token),
             **self._tile(token, column, target_T),
         )
 
     def backward_tile(
-        self, source: Tensor, source_rows_T: Tensor | None, out_TC: Tensor, token: int, column: int, lse_N, c_N
-    ):
-        """The gradient of the product's tile, into out_TC, from the product's tile `source` (whose rows `source_rows_T` names)."""
-        target_T = self.targets_N[token : token + len(out_TC)] - column
+        self,
+        logits: Tensor,
+        logits_rows_T: Tensor | None,
+        out: Tensor,
+        out_rows_T: Tensor | None,
+        token: int,
+        column: int,
+        lse_N: Tensor,
+        grad: TokenGradient,
+        scale_N: Tensor | None = None,
+    ) -> None:
+        """The gradient of a tile of logits, by the formula of TokenGradient times `scale_N`, into `out`, which may be the logits. Their
+        rows are those that `logits_rows_T` and `out_rows_T` name; not both None where neither is one tile high."""
+        count = len(out) if out_rows_T is None else len(out_rows_T)
+        target_T = self.targets_N[token : token + count] - column
         getattr(native, f"backward_tile_{self.suffix}")(
-            logits=source.data_ptr(),
-            row_index=0 if source_rows_T is None else source_rows_T.data_ptr(),
-            logits_stride=source.stride(0),
-            gradient=out_TC.data_ptr(),
-            gradient_stride=out_TC.stride(0),
-            rows=out_TC.shape[0],
-            columns=out_TC.shape[1],
-            lse=lse_N.data_ptr() + token * 8,
-            coefficient=c_N.data_ptr() + token * self.size,
+            logits=logits.data_ptr(),
+            row_index=_address(logits_rows_T),
+            logits_stride=logits.stride(0),
+            gradient=out.data_ptr(),
+            gradient_index=_address(out_rows_T),
+            gradient_stride=out.stride(0),
+            rows=count,
+            columns=out.shape[1],
+            lse=_address(lse_N, token),
+            coefficient=_address(grad.logprob_N, token),
+            prob=_address(grad.prob_N, token),
+            log_prob=_address(grad.log_prob_N, token),
+            flat=_address(grad.flat_N, token),
+            scale=_address(scale_N, token),
             **self._tile(token, column, target_T),
         )
 
 
-class State:
-    """What the forward knows of each token so far: the online log-sum-exp and the target's logit."""
+def _address(tensor: Tensor | None, row: int = 0) -> int:
+    """Of the given row; 0, which the kernels take for absence, where there is no tensor."""
+    return 0 if tensor is None else tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size()
 
-    def __init__(self, N: int, dtype: torch.dtype):
+
+class State:
+    """What the forward knows of each token so far: the online log-sum-exp, the target's logit, and the sums of the statistics."""
+
+    def __init__(self, N: int, V: int, dtype: torch.dtype, stats: StatsRequest):
+        self.V, self.stats = V, stats
         self.max_N = torch.full((N,), float("-inf"), dtype=dtype)
         self.sum_N = torch.zeros(N, dtype=torch.float64)
         self.target_N = torch.full((N,), float("nan"), dtype=dtype)
+        zeros = lambda name: torch.zeros(N, dtype=torch.float64) if stats.wants(name) else None  # noqa: E731
+        self.entropy_N, self.square_N, self.logit_N = map(zeros, ("entropy", "log_sum_sq_prob", "mean_logit"))
+        self.top_NK = None
+        if stats.wants("top_k_mass", "top_k_entropy"):
+            self.top_NK = torch.full((N, min(stats.top_k, V)), float("-inf"), dtype=dtype)
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """(logprob, lse) in fp64; the difference of target and maximum is formed before the log of the sum is taken off."""
+    def addresses(self, token: int) -> dict:
+        return {
+            "running_max": _address(self.max_N, token),
+            "running_sum": _address(self.sum_N, token),
+            "target_logit": _address(self.target_N, token),
+            "entropy_sum": _address(self.entropy_N, token),
+            "square_sum": _address(self.square_N, token),
+            "logit_sum": _address(self.logit_N, token),
+            "top": _address(self.top_NK, token),
+            "top_k": 0 if self.top_NK is None else self.top_NK.shape[1],
+        }
+
+    def finish(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(logprob, lse, statistics) in fp64; the difference of target and maximum is formed before the log of the sum is taken off."""
         log_sum_N, max_N = self.sum_N.log(), self.max_N.double()
-        return (self.target_N.double() - max_N) - log_sum_N, max_N + log_sum_N
+        logprob_N, lse_N = (self.target_N.double() - max_N) - log_sum_N, max_N + log_sum_N
+        return logprob_N, lse_N, [self._statistic(name, log_sum_N, lse_N) for name in self.stats.names]
+
+    def _statistic(self, name: str, log_sum_N: Tensor, lse_N: Tensor) -> Tensor:
+        if name == "lse":
+            return lse_N
+        if name == "entropy":
+            return log_sum_N + self.entropy_N / self.sum_N
+        if name == "mean_logit":
+            return self.logit_N / self.V
+        if name == "log_sum_sq_prob":
+            return self.square_N.log() - 2 * log_sum_N
+        if name == "is_top1":
+            return ((self.target_N >= self.max_N) & ~self.sum_N.isnan()).double()
+        log_p_NK = (self.top_NK.double() - self.max_N.double()[:, None]) - log_sum_N[:, None]
+        p_NK = log_p_NK.exp()
+        return p_NK.sum(1) if name == "top_k_mass" else -(p_NK * log_p_NK.masked_fill(p_NK == 0, 0)).sum(1)
+
+
+def scatter(number: Tensor, rows_N: Tensor, out_N: Tensor) -> Tensor:
+    """out_N with the numbers of the tokens `rows_N`, 0 elsewhere."""
+    return out_N.zero_().index_copy_(0, rows_N, number.to(out_N.dtype))
+
+
+def finish(state: State, rows_N: Tensor, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob [N], stats [S, N], lse fp64 [N]) of all tokens from the state of those scored."""
+    logprob, lse, numbers = state.finish()
+    stats_SN = torch.empty(len(numbers), N, dtype=dtype)
+    for s, number in enumerate(numbers):
+        scatter(number, rows_N, stats_SN[s])
+    logprob_N = scatter(logprob, rows_N, torch.empty(N, dtype=dtype))
+    return logprob_N, stats_SN, scatter(lse, rows_N, torch.empty(N, dtype=torch.float64))

@@ -1,0 +1,93 @@
+"""Triton kernels for NVIDIA (from sm_80 on) and AMD (CDNA) GPUs: `pip install` is all they need.
+
+A tile of logits stays in registers: the forward folds it into partial log-sum-exps, the backward turns it into a chunk of gradients
+whose two products go to the library. Tokens without a target are compacted on the device; the host never waits for it. No atomics, no
+locks: every sum has one order. With TRITON_INTERPRET=1 (Triton's own switch) the kernels run on CPU tensors, slowly, for tests.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+
+from isdaa_kernels.backends.triton.plan import make_plan
+from isdaa_kernels.backends.triton.tile_config import family
+from isdaa_kernels.dispatch import Problem
+
+__all__ = ["backward", "backward_logits", "describe", "forward", "forward_logits", "make_plan", "refusal"]
+
+LEAST_TRITON = (3, 4)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def triton_version() -> str | None:
+    """Of the package that `import triton` would find; None where it would find none."""
+    if find_spec("triton") is None:
+        return None
+    for package in ("triton", "pytorch-triton-rocm", "pytorch-triton"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return import_module("triton").__version__
+
+
+def _missing() -> str | None:
+    found = triton_version()
+    wanted = ".".join(map(str, LEAST_TRITON))
+    if found is None:
+        return f"triton is not installed; it takes triton {wanted} or newer"
+    if tuple(int(part) for part in found.split("+")[0].split(".")[:2]) < LEAST_TRITON:
+        return f"triton {found} is too old; it takes {wanted} or newer"
+    return None
+
+
+def interpreting() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def refusal(problem: Problem) -> str | None:
+    for name, dtype in (("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)):
+        if dtype not in _DTYPES:
+            return f"takes float16, bfloat16 and float32, not {name} in {dtype}"
+    if problem.device_type != "cuda":
+        missing = _missing()
+        if problem.device_type == "cpu" and missing is None and interpreting():
+            return None
+        return f"takes tensors on NVIDIA and AMD GPUs, not on {problem.device_type}"
+    if problem.arch is None:
+        return "no GPU is visible to PyTorch"
+    if family(problem.arch) is None:
+        return f"takes NVIDIA GPUs from sm_80 on and AMD gfx90a, gfx942 and gfx950, not {problem.arch}"
+    return _missing()
+
+
+def describe() -> str:
+    return _missing() or f"triton {triton_version()}"
+
+
+def forward(*args, **kwargs):
+    from isdaa_kernels.backends.triton.forward_pass import forward
+
+    return forward(*args, **kwargs)
+
+
+def backward(*args, **kwargs):
+    from isdaa_kernels.backends.triton.backward_pass import backward
+
+    return backward(*args, **kwargs)
+
+
+def forward_logits(*args, **kwargs):
+    from isdaa_kernels.backends.triton.logits_pass import forward_logits
+
+    return forward_logits(*args, **kwargs)
+
+
+def backward_logits(*args, **kwargs):
+    from isdaa_kernels.backends.triton.logits_pass import backward_logits
+
+    return backward_logits(*args, **kwargs)

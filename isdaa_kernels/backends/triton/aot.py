@@ -1,0 +1,259 @@
+"""Compile the kernels for GPUs that are not here, and read what the compilers say of them.
+
+    python -m isdaa_kernels.backends.triton.aot                 # the set that tests check
+    python -m isdaa_kernels.backends.triton.aot --all           # every variant (some minutes)
+    python -m isdaa_kernels.backends.triton.aot --arch sm_90 --out report.json
+
+One line a variant: registers, spilled bytes, shared memory against the architecture's limit, the matrix instruction. Exit status 1 where
+a variant spills, asks for too much shared memory, or misses its matrix instruction. Needs triton, no GPU.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from isdaa_kernels.backends.triton.plan import FOLD_ROWS, GRADIENT_COLUMNS, GRADIENT_ROWS, LOGITS_TILE
+from isdaa_kernels.backends.triton.tile_config import TileConfig, choose_tile_config
+from isdaa_kernels.dispatch import Problem
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+INSTRUCTION = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as one kind of call uses it. `rich`: bias and softcap; `stats`: every statistic, and their gradients."""
+
+    kernel: str
+    arch: str
+    dtype: str = "bf16"
+    rich: bool = False
+    stats: bool = False
+    even: bool = True  # sizes that are multiples of the tile
+    aligned: bool = True  # rows of weight on 16-byte borders
+
+    def __str__(self) -> str:
+        marks = [
+            m
+            for m, on in (
+                ("rich", self.rich),
+                ("stats", self.stats),
+                ("ragged", not self.even),
+                ("unaligned", not self.aligned),
+            )
+            if on
+        ]
+        return " ".join([self.kernel, self.arch, self.dtype, *marks])
+
+
+@dataclass
+class Report:
+    variant: Variant
+    registers: int
+    spilled: int  # bytes
+    shared: int  # bytes
+    instruction: bool  # whether the architecture's matrix instruction is there
+    faults: list[str] = field(default_factory=list)
+
+
+def small_set() -> list[Variant]:
+    """What CI compiles: both fused kernels at both ends of what a head can ask, and each of the others on one architecture at least."""
+    fused = [
+        Variant(kernel, arch, rich=rich, stats=rich)
+        for arch in ARCHS
+        for kernel in ("linear_logprob_forward", "linear_logprob_backward")
+        for rich in (False, True)
+    ]
+    others = [Variant("fold_logits", "sm_90", stats=True), Variant("gradient_logits", "sm_90", stats=True)]
+    others += [Variant("gradient_logits", "gfx942", rich=True), Variant("combine", "sm_90", stats=True)]
+    others += [Variant("token", "gfx942", rich=True, stats=True), Variant("finish_hidden", "sm_80")]
+    return [*fused, *others, Variant("finish_weight", "sm_100"), Variant("gather", "sm_80")]
+
+
+def full_set() -> list[Variant]:
+    sizes = ((True, True), (False, True), (False, False))
+    flags = [(rich, stats, *size) for rich in (False, True) for stats in (False, True) for size in sizes]
+    fused = [
+        Variant(kernel, arch, dtype, *flag)
+        for arch in (*ARCHS, "sm_86")
+        for kernel in ("linear_logprob_forward", "linear_logprob_backward")
+        for dtype in _TORCH
+        for flag in flags
+    ]
+    others = [
+        Variant(kernel, arch, dtype, rich, stats)
+        for arch in (*ARCHS, "sm_86")
+        for kernel in ("fold_logits", "gradient_logits", "combine", "token", "finish_hidden", "finish_weight", "gather")
+        for dtype in _TORCH
+        for rich, stats in ((False, False), (True, True))
+    ]
+    return fused + others
+
+
+def tile_of(variant: Variant) -> TileConfig:
+    problem = Problem("cuda", _TORCH[variant.dtype], _TORCH[variant.dtype], 8192, 4096, 128256, arch=variant.arch)
+    kernel = "backward" if variant.kernel.endswith("backward") else "forward"
+    kind = "rich" if variant.rich else "plain"
+    return choose_tile_config(problem, variant.arch, kernel, kind if variant.aligned else "unaligned")
+
+
+def compile_variant(variant: Variant) -> Report:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    amd = variant.arch.startswith("gfx")
+    target = GPUTarget("hip", variant.arch, 64) if amd else GPUTarget("cuda", int(variant.arch[3:]), 32)
+    kernel, signature, constants, options = _source(variant)
+    aligned = [i for i, name in enumerate(kernel.arg_names) if _divisible(name, signature[name], variant)]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+    registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if amd else _nvidia_usage(compiled.asm["cubin"])
+    text = compiled.asm["amdgcn" if amd else "ptx"]
+    report = Report(variant, registers, spilled, compiled.metadata.shared, INSTRUCTION[variant.arch] in text)
+    report.faults = _faults(report)
+    return report
+
+
+def _faults(report: Report) -> list[str]:
+    arch = report.variant.arch
+    found = [f"spills {report.spilled} bytes"] if report.spilled else []
+    if report.shared > SHARED_LIMIT[arch]:
+        found.append(f"{report.shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
+    if report.variant.kernel.startswith("linear_logprob") and not report.instruction:
+        found.append(f"no {INSTRUCTION[arch]}")
+    return found
+
+
+def _source(variant: Variant):
+    """(kernel, signature, constants, options) of a variant: types go by the names of the arguments, which are the same everywhere."""
+    from isdaa_kernels.backends.triton.kernels import logits, products, tokens
+
+    name = f"{variant.kernel}_kernel"
+    kernel = next(getattr(module, name) for module in (products, logits, tokens) if hasattr(module, name))
+    tile = tile_of(variant)
+    fused = variant.kernel.startswith("linear_logprob")
+    tma = fused and tile.tma
+    types = _pointers(variant)
+    if tma:
+        types["hidden"] = f"tensordesc<{variant.dtype}[{tile.M},{tile.K}]>"
+        types["weight"] = f"tensordesc<{variant.dtype}[{tile.N},{tile.K}]>"
+    constants = {**_flags(variant), **(_tile_constants(tile, variant, tma) if fused else _shape(variant))}
+    constants |= {name: None for name, flag in _OPTIONAL.items() if not constants.get(flag, True)}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    if variant.aligned:
+        constants |= {name: 1 for name in ("stride_weight_d", "stride_v", "stride_d") if name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "fp32" if name in _FLOATS else "i32")
+        for name in kernel.arg_names
+    }
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} if fused else {"num_warps": 4}
+    return kernel, signature, constants, options
+
+
+_FLOATS = ("logit_scale", "softcap")
+_OPTIONAL = {
+    "bias": "HAS_BIAS", "bias_sums": "BIAS_SUMS", "partial_entropy": "ENTROPY", "partial_total": "TOTAL", "partial_squares": "SQUARES",
+    "entropy": "ENTROPY", "lse_stat": "LSE", "mean_logit": "TOTAL", "log_sum_sq": "SQUARES", "is_top1": "TOP1",
+    "prob_gradient": "PROB", "log_prob_gradient": "LOG_PROB", "flat_gradient": "FLAT", "scale": "SCALED", "weight_entry": "ENTRY",
+}  # fmt: skip
+
+
+def _pointers(variant: Variant) -> dict[str, str]:
+    own, fp32, wide = f"*{variant.dtype}", "*fp32", "*i64"
+    types = dict.fromkeys(("hidden", "weight", "d_hidden", "d_weight", "bias"), own)
+    types |= dict.fromkeys(("rows", "order"), wide) | dict.fromkeys(("targets", "count", "top", "starts"), "*i32")
+    types |= {"partial_sum": "*fp64", "lse": "*fp64", "live": "*u8"}
+    names = ("partial_max", "partial_entropy", "partial_total", "partial_squares", "target_logit", "inverse_temperature", "tokens",
+             "bias_sums", "logprob", "entropy", "lse_stat", "mean_logit", "log_sum_sq", "is_top1", "sums", "weight_entry",
+             "logprob_gradient", "prob_gradient", "log_prob_gradient", "flat_gradient", "scale")  # fmt: skip
+    types |= dict.fromkeys(names, fp32)
+    types["out"] = fp32 if variant.kernel == "token" else own
+    types["logits"] = own if variant.kernel == "gradient_logits" else fp32
+    return types
+
+
+def _flags(variant: Variant) -> dict[str, bool]:
+    flags = dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", "BIAS_SUMS"), variant.rich)
+    flags |= dict.fromkeys(("ENTROPY", "TOTAL", "SQUARES", "LSE", "TOP1", "PROB", "LOG_PROB", "FLAT"), variant.stats)
+    flags |= {"SCALED": True, "TILE": True, "ENTRY": True, "GATHER": True, "TARGET": True, "LEAST": -64, "SHIFT": 0}
+    if variant.kernel == "gradient_logits":  # of logits that the caller holds there is no bias
+        flags |= {"TARGET": not variant.rich}
+    return flags
+
+
+def _tile_constants(tile: TileConfig, variant: Variant, tma: bool) -> dict:
+    return {
+        "TMA": tma, "EVEN_D": variant.even, "EVEN_V": variant.even, "PRECISION": "ieee", "M": tile.M, "N": tile.N,
+        "K": tile.K, "GROUP": tile.group, "PIECES": tile.pieces, "FLATTEN": tile.flatten, "SPECIALIZE": tile.specialize,
+    }  # fmt: skip
+
+
+def _shape(variant: Variant) -> dict[str, int]:
+    shapes = {
+        "fold_logits": {"M": FOLD_ROWS, "N": LOGITS_TILE}, "gradient_logits": {"M": GRADIENT_ROWS, "N": GRADIENT_COLUMNS},
+        "combine": {"M": 32}, "token": {"M": 128}, "finish_hidden": {"M": 16, "K": 256},
+        "finish_weight": {"R": 16, "M": 16, "K": 256}, "gather": {"M": 16, "K": 256},
+    }  # fmt: skip
+    return shapes[variant.kernel]
+
+
+def _divisible(name: str, kind: str, variant: Variant) -> bool:
+    if kind.startswith("*"):
+        return variant.aligned or name != "weight"
+    sizes = ("D", "V", "T", "begin", "end", "stride_hidden", "stride_weight_v", "stride_out", "stride_sums", "stride_n")
+    return kind == "i32" and name in sizes and (variant.aligned or name in ("T", "stride_hidden", "stride_out"))
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    numbers = {
+        key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly)
+    }
+    return numbers["vgpr_count"], numbers["private_segment_fixed_size"]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m isdaa_kernels.backends.triton.aot")
+    parser.add_argument("--all", action="store_true", help="every variant")
+    parser.add_argument("--arch", action="append", help="only these architectures")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="JSON file of the reports")
+    options = parser.parse_args(arguments)
+    variants = [v for v in (full_set() if options.all else small_set()) if not options.arch or v.arch in options.arch]
+    reports = []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for report in pool.map(compile_variant, variants):
+            faults = "; ".join(report.faults) or "ok"
+            print(
+                f"{report.variant!s:60} {report.registers:4} registers {report.shared:7} shared  {faults}", flush=True
+            )
+            reports.append(report)
+    if options.out:
+        options.out.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    return 1 if any(report.faults for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""The gradients as they are summed: fp32, in one order, rounded once when they are finished.
+
+T tokens of a slab, C vocabulary rows of a chunk, D hidden size, V vocabulary, M tokens that may be live.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from isdaa_kernels.backends.triton.kernels.tokens import finish_hidden_kernel, finish_weight_kernel
+from isdaa_kernels.backends.triton.library import accumulate, product
+from isdaa_kernels.backends.triton.slabs import OPTIONS, LiveTokens
+from isdaa_kernels.backends.triton.upstream import Upstream
+
+_ROWS, _TOKENS, _COLUMNS = 16, 16, 256  # of a program
+
+
+class TargetOrder:
+    """Live tokens by target: the entries of targets are added to d_weight row by row, in one order, without atomics."""
+
+    def __init__(self, live: LiveTokens, targets_N: Tensor, V: int, upstream: Upstream):
+        position_M = torch.arange(live.capacity, device=targets_N.device)
+        targets_M = torch.where(position_M < live.count, targets_N.index_select(0, live.rows_M), V)
+        self.targets_M, self.order_M = torch.sort(targets_M, stable=True)
+        self.starts = torch.searchsorted(
+            self.targets_M, torch.arange(V + 1, device=targets_N.device, dtype=torch.int32), out_int32=True
+        )
+        self.entry_M = upstream.weight_entries()
+
+
+class HiddenSum:
+    """d_hidden: fp32 sums of all slabs beside each other, or of one slab where the walk finishes a slab before it goes on."""
+
+    def __init__(self, sweep, one_slab: bool):
+        N, D = sweep.hidden_ND.shape
+        device = sweep.hidden_ND.device
+        self.sweep, self.one_slab = sweep, one_slab
+        self.out_ND = torch.zeros(N, D, dtype=sweep.hidden_ND.dtype, device=device)
+        rows = sweep.T if one_slab else len(sweep.live.slabs(sweep.T)) * sweep.T
+        self.sum_ND = torch.empty(rows, D, dtype=torch.float32, device=device)
+
+    def add(self, slab, chunk, g_TC: Tensor, _) -> None:
+        sum_TD = self.sum_ND if self.one_slab else self.sum_ND[slab.first : slab.first + len(g_TC)]
+        (product if chunk.is_first else accumulate)(g_TC, chunk.weight_CD, sum_TD)
+        if chunk.is_last:
+            self._write(slab, sum_TD)
+
+    def _write(self, slab, sum_TD: Tensor) -> None:
+        T, D = sum_TD.shape
+        weight_VD, live = self.sweep.weight_VD, self.sweep.live
+        finish_hidden_kernel[(triton.cdiv(T, _ROWS), triton.cdiv(D, _COLUMNS))](
+            sum_TD, slab.tokens, slab.targets_T, weight_VD, live.rows_M, live.count, self.out_ND, slab.first, T, D,
+            len(weight_VD), sum_TD.stride(0), *weight_VD.stride(), M=_ROWS, K=_COLUMNS, **OPTIONS,
+        )  # fmt: skip
+
+    def finish(self) -> Tensor:
+        return self.out_ND
+
+
+class WeightSum:
+    """d_weight, one chunk of vocabulary rows after the other, each summed over all slabs and finished."""
+
+    def __init__(self, sweep):
+        self.sweep = sweep
+        self.out_VD = torch.empty(sweep.weight_VD.shape, dtype=sweep.weight_VD.dtype, device=sweep.weight_VD.device)
+        if sweep.live.capacity == 0:
+            self.out_VD.zero_()
+        rows = sweep.plan.vocab_tile
+        self.sum_CD = torch.empty(rows, sweep.problem.D, dtype=torch.float32, device=self.out_VD.device)
+
+    def add(self, slab, chunk, g_TC: Tensor, _) -> None:
+        begin, end = chunk.span
+        sum_CD = self.sum_CD[: end - begin]
+        (product if slab.is_first else accumulate)(g_TC.T, slab.hidden_TD, sum_CD)
+        if slab.is_last:
+            finish_rows(self.sweep, self.sweep.hidden_ND, sum_CD, begin, self.out_VD)
+
+    def finish(self) -> Tensor:
+        return self.out_VD
+
+
+class BiasSum:
+    """d_bias: as d_weight with one hidden feature, which is 1 for every token."""
+
+    def __init__(self, sweep):
+        self.sweep = sweep
+        device = sweep.hidden_ND.device
+        self.sum_V = torch.zeros(sweep.problem.V, dtype=torch.float32, device=device)
+        self.one_ND = torch.ones(1, device=device).expand(len(sweep.hidden_ND), 1)
+
+    def add(self, slab, chunk, g_TC: Tensor, bias_sums: Tensor) -> None:
+        self.sum_V[slice(*chunk.span)] += bias_sums.sum(0)
+
+    def finish(self) -> Tensor:
+        bias_V = self.sweep.head.bias_V
+        out_V1 = torch.zeros(len(bias_V), 1, dtype=bias_V.dtype, device=bias_V.device)
+        if self.sweep.live.capacity:
+            finish_rows(self.sweep, self.one_ND, self.sum_V[:, None], 0, out_V1)
+        return out_V1[:, 0]
+
+
+def finish_rows(sweep, hidden_ND: Tensor, sum_CD: Tensor, begin: int, out_VD: Tensor) -> None:
+    C, D = sum_CD.shape
+    K = min(_COLUMNS, max(16, triton.next_power_of_2(D)))
+    order = sweep.order
+    finish_weight_kernel[(triton.cdiv(C, _ROWS), triton.cdiv(D, K))](
+        sum_CD, order.order_M, order.starts, order.targets_M, sweep.live.rows_M, order.entry_M, hidden_ND, sweep.upstream.top,
+        out_VD, begin, C, D, sum_CD.stride(0), *hidden_ND.stride(), sweep.upstream.shift, R=_ROWS, M=_TOKENS, K=K, **OPTIONS,
+    )  # fmt: skip

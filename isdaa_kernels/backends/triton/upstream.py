@@ -1,0 +1,66 @@
+"""Coefficients of the backward on the device, scaled by powers of two: 16-bit gradients neither underflow nor lose their digits.
+
+N tokens of the call, T tokens of a slab.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from isdaa_kernels.backends.triton.kernels.tokens import token_kernel
+from isdaa_kernels.backends.triton.plan import TOKEN_ROWS
+from isdaa_kernels.backends.triton.slabs import OPTIONS, Head, LiveTokens
+from isdaa_kernels.stats import TokenGradient
+
+_TOKENS = 128  # of a program
+# fp16 holds 2 ** -24 to 2 ** 16: gradients of up to 5 are shifted up, hidden states are left alone.
+_SHIFT = {torch.float16: 12}
+_LEAST_EXPONENT = {torch.float16: 0}
+
+
+class Upstream:
+    """The exponent of the call's largest coefficient, and each slab's rows of coefficients (`tokens.token_kernel`)."""
+
+    def __init__(self, grad: TokenGradient, live: LiveTokens, head: Head, logprob_N, lse_N, dtype: torch.dtype | None):
+        """dtype: of the gradient chunk; None leaves all coefficients as they are."""
+        terms = (grad.logprob_N, grad.prob_N, grad.log_prob_N, grad.flat_N)
+        self.terms = [None if term is None else term.float().contiguous() for term in terms]
+        self.live, self.head, self.logprob_N, self.lse_N = live, head, logprob_N, lse_N
+        self.scaled = dtype is not None
+        self.shift, self.least = _SHIFT.get(dtype, 0), _LEAST_EXPONENT.get(dtype, -64)
+        self.scales_hidden = self.least < 0
+        self.top = _top_exponent(self.terms, live)
+
+    def flags(self) -> dict:
+        return {"LOG_PROB": self.terms[2] is not None, "FLAT": self.terms[3] is not None}
+
+    def tokens(self, first: int, T: int, rows_T: Tensor) -> Tensor:
+        out = torch.empty(TOKEN_ROWS, T, dtype=torch.float32, device=rows_T.device)
+        self._launch(first, T, rows_T, out, None)
+        return out
+
+    def weight_entries(self) -> Tensor:
+        """fp32 [capacity]: of each live token the target's own entry, in the units of the sums of d_weight."""
+        out = torch.empty(self.live.capacity, dtype=torch.float32, device=self.live.rows_M.device)
+        if len(out):
+            self._launch(0, len(out), self.live.rows_M, None, out)
+        return out
+
+    def _launch(self, first: int, T: int, rows_T: Tensor, out: Tensor | None, entry: Tensor | None) -> None:
+        token_kernel[(triton.cdiv(T, _TOKENS),)](
+            self.live.rows_M, self.live.count, self.top, *self.terms, self.logprob_N, self.lse_N,
+            self.head.inverse_temperature(rows_T), out, entry, first=first, T=T, PROB=self.terms[1] is not None,
+            HAS_SOFTCAP=self.head.flags["HAS_SOFTCAP"], LEAST=self.least, SHIFT=self.shift, SCALED=self.scaled,
+            TILE=out is not None, ENTRY=entry is not None, M=_TOKENS, **self.flags(), **self.head.scalars, **OPTIONS,
+        )  # fmt: skip
+
+
+def _top_exponent(terms: list[Tensor | None], live: LiveTokens) -> Tensor:
+    """int32 [1]: floor(log2) of the largest finite coefficient of a live token, -150 where there is none."""
+    live_N = live.slot_N < live.capacity
+    largest = torch.zeros((), dtype=torch.float32, device=live_N.device)
+    for term in terms:
+        if term is not None and len(term):
+            finite_N = live_N & term.isfinite()
+            largest = torch.maximum(largest, torch.where(finite_N, term.abs(), 0.0).amax())
+    return torch.where(largest > 0, torch.frexp(largest).exponent - 1, -150).to(torch.int32).reshape(1)
