@@ -16,13 +16,13 @@ def plan(
     frozen_head: bool = False,
     frozen_hidden: bool = False,
     max_workspace_mb: float | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     arch: str | None = None,
     backend: str | None = None,
 ) -> Plan:
     """How `linear_logprob` would run forward and backward for N scored tokens, hidden size D and vocabulary V: tiles, bytes beyond
     inputs and gradients, and matrix work in units of one product of 2 N V D flop. Pure arithmetic: allocates nothing. `arch` ("sm_90",
-    "gfx942", ...) plans for a GPU that is not here; default: that of `device`.
+    "gfx942", ...) plans for a GPU that need not be here; without it `device` (default: the CPU) says what is planned for.
 
     Raises ValueError where max_workspace_mb (MiB) is too small, with the smallest that is enough.
     """
@@ -33,8 +33,11 @@ def plan(
         if not value.is_floating_point:
             raise ValueError(f"{name}: expected a floating dtype, got {value}")
     check_workspace(max_workspace_mb)
+    where = torch.device(device or ("cuda" if arch else "cpu"))
+    if arch is not None and where.type != "cuda":
+        raise ValueError(f"arch: expected None for device {where}, got {arch!r}")
     problem = Problem(
-        torch.device(device).type,
+        where.type,
         dtype,
         weight_dtype or dtype,
         N,
@@ -44,7 +47,7 @@ def plan(
         need_weight=not frozen_head,
         keep_logits=not (frozen_head and frozen_hidden),
         max_workspace_mb=max_workspace_mb,
-        arch=arch or device_arch(torch.device(device)),
+        arch=arch or device_arch(where),
     )
     return select_backend(problem, backend).make_plan(problem)
 

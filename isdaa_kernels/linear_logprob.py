@@ -98,7 +98,8 @@ def linear_logprob_stats(
         top_k_mass = p.topk(min(top_k, V)).values.sum(-1)
         top_k_entropy = the terms of entropy of those top_k rows, summed
 
-    No logits, probabilities or sorted copies [..., V] are allocated, and no matrix product is added, forward or backward. Entropy is
+    No logits, probabilities or sorted copies [..., V] are allocated, and no matrix product is added, forward or backward, but one of
+    2 N V D flop for top_k_mass and top_k_entropy on the Triton backend. Entropy is
     summed as log S0 + sum e^d (-d) / S0 with d = z - max z, S0 = sum e^d: nothing cancels where the distribution is sharp.
 
     stats: which of the seven; what is not asked for costs nothing and is None in the result. top_k: 1 to 64; more than V means V.

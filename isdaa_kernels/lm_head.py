@@ -51,8 +51,9 @@ class Transform:
     temperature: float
     temperature_N: Tensor | None  # takes the place of `temperature`, one value a token
 
-    def inverse_temperature(self, rows: Tensor, dtype: torch.dtype) -> Tensor | float:
-        """1 / temperature, of the tokens `rows` where each has its own."""
+    def inverse_temperature(self, rows: Tensor | None, dtype: torch.dtype) -> Tensor | float:
+        """1 / temperature, of the tokens `rows` (None: of all) where each has its own."""
         if self.temperature_N is None:
             return 1.0 / self.temperature
-        return self.temperature_N.index_select(0, rows).to(dtype).reciprocal()
+        chosen = self.temperature_N if rows is None else self.temperature_N.index_select(0, rows)
+        return chosen.to(dtype).reciprocal()

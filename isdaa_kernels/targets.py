@@ -53,18 +53,24 @@ def scored_rows(targets_N: Tensor, ignore_index: int, max_scored: int) -> Tensor
 
 
 def record_bad_targets(bad_N: Tensor, targets_N: Tensor) -> None:
-    """Keep the first bad (index, value) in a word on the device, without a sync; `check` reads it."""
+    """Keep the first bad (index, value) in a word on the device, without a sync; `check` reads it. The word stays where it is, so that
+    a captured CUDA graph finds it again."""
     if bad_N.numel() == 0:
         return
+    device = bad_N.device
+    if device not in _first_bad:
+        _first_bad[device] = torch.zeros(3, dtype=torch.int64, device=device)
+    word = _first_bad[device]
     index = bad_N.to(torch.int8).argmax()
     found = torch.stack([bad_N.any().to(torch.int64), index, targets_N.index_select(0, index[None])[0].to(torch.int64)])
-    known = _first_bad.get(bad_N.device)
-    _first_bad[bad_N.device] = found if known is None else torch.where(known[0] > 0, known, found)
+    word.copy_(torch.where(word[0] > 0, word, found))
 
 
 def check() -> None:
     """Raise ValueError if a call on a device met a target outside the vocabulary since the last check. Waits for the devices."""
-    words = {device: _first_bad.pop(device).tolist() for device in list(_first_bad)}
+    words = {device: word.tolist() for device, word in _first_bad.items()}
+    for word in _first_bad.values():
+        word.zero_()
     for device, (flag, index, value) in words.items():
         if flag:
             raise ValueError(

@@ -164,8 +164,9 @@ def _dense_transform(
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Frobenius norm of the difference over that of the truth."""
-    difference = (value.double() - truth.double()).norm()
-    return float(difference / truth.double().norm().clamp_min(1e-300)) if truth.numel() else 0.0
+    value, truth = value.detach().double(), truth.detach().double()
+    difference = (value - truth).norm()
+    return float(difference / truth.norm().clamp_min(1e-300)) if truth.numel() else 0.0
 
 
 def row_errors(value: Tensor, truth: Tensor, faint: float = 1e-18) -> Tensor:

@@ -105,6 +105,25 @@ def test_one_slab_of_an_8b_model_fits_into_half_a_gibibyte():
     assert plan(8192, 128256, 4096, torch.bfloat16, device="cuda", arch="sm_90").bytes <= 512 << 20
 
 
+def test_without_a_budget_nothing_is_refused():
+    for N, D, V in ((8192, 4096, 901629), (1, 16384, 3_000_000)):
+        assert plan(N, V, D, torch.bfloat16, arch="sm_90").units == 4.0
+
+
+def test_few_bytes_move():
+    """Chunks at least as wide as slabs are high: d_hidden is summed more often than d_weight."""
+    for N, D, V in ((65536, 4096, 128256), (262144, 2048, 131072)):
+        made = plan(N, V, D, torch.bfloat16, arch="sm_90")
+        assert made.vocab_tile >= made.token_tile
+
+
+def test_an_architecture_names_a_gpu():
+    assert plan(10, 20, 30, arch="sm_90").backend == "triton"
+    assert plan(10, 20, 30).backend == "cpu"
+    with pytest.raises(ValueError, match="arch: expected None for device cpu, got 'sm_90'"):
+        plan(10, 20, 30, device="cpu", arch="sm_90")
+
+
 def test_slabs_waste_few_tokens():
     for N in (1, 255, 257, 8193, 16385, 100001):
         made = plan(N, 128256, 4096, torch.bfloat16, device="cuda", arch="sm_90")

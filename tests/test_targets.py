@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from isdaa_kernels import check, shift_targets
+from isdaa_kernels import check, shift_targets, targets
 from isdaa_kernels.backends.reference import compact
 from isdaa_kernels.targets import bad_targets, record_bad_targets
 
@@ -49,3 +49,18 @@ def test_compaction_keeps_the_order():
     scored = torch.tensor([False, True, True, False, True])
     assert compact(scored, 3).tolist() == [1, 2, 4]
     assert compact(scored, 5).tolist() == [1, 2, 4, 0, 3]
+
+
+def test_the_word_of_a_device_stays_where_it_is():
+    """A captured CUDA graph writes to the word it saw."""
+    first = torch.tensor([1, 99, 3, 77])
+    record_bad_targets(first > 50, first)
+    word = targets._first_bad[first.device]
+    record_bad_targets(torch.tensor([True]), torch.tensor([55]))
+    with pytest.raises(ValueError, match="99 at index 1"):
+        check()
+    check()
+    record_bad_targets(torch.tensor([True]), torch.tensor([55]))
+    assert targets._first_bad[first.device] is word
+    with pytest.raises(ValueError, match="55 at index 0"):
+        check()

@@ -65,6 +65,13 @@ def test_tuned_tiles_are_saved_loaded_and_used_for_their_problem_alone(tmp_path)
     assert choose_tile_config(PROBLEM, "sm_100") != tuned
 
 
+def test_tiles_that_no_slab_is_a_multiple_of(tmp_path):
+    save_tile_configs(tmp_path / "tiles.json", {"a": TileConfig(96, 128, 64, num_warps=8, num_stages=3)})
+    with pytest.raises(ValueError, match="path: expected tiles of 64, 128 or 256"):
+        load_tile_configs(tmp_path / "tiles.json")
+    assert tile_config._overrides == {}
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '{"a": {"M": 1}}', '{"a": 3}'])
 def test_a_file_that_holds_no_tiles(tmp_path, text):
     path = tmp_path / "tiles.json"

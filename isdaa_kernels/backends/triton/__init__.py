@@ -12,12 +12,12 @@ from importlib.util import find_spec
 import torch
 
 from isdaa_kernels.backends.triton.plan import make_plan
-from isdaa_kernels.backends.triton.tile_config import family
+from isdaa_kernels.backends.triton.tile_config import family, known_archs
 from isdaa_kernels.dispatch import Problem
 
 __all__ = ["backward", "backward_logits", "describe", "forward", "forward_logits", "make_plan", "refusal"]
 
-LEAST_TRITON = (3, 4)
+LEAST_TRITON, LEAST_TORCH = (3, 4), (2, 10)  # torch: products of 16-bit factors that add to fp32 sums
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -38,9 +38,15 @@ def _missing() -> str | None:
     wanted = ".".join(map(str, LEAST_TRITON))
     if found is None:
         return f"triton is not installed; it takes triton {wanted} or newer"
-    if tuple(int(part) for part in found.split("+")[0].split(".")[:2]) < LEAST_TRITON:
+    if _number(found) < LEAST_TRITON:
         return f"triton {found} is too old; it takes {wanted} or newer"
+    if _number(torch.__version__) < LEAST_TORCH:
+        return f"torch {torch.__version__} is too old; it takes {'.'.join(map(str, LEAST_TORCH))} or newer"
     return None
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
 def interpreting() -> bool:
@@ -61,7 +67,7 @@ def refusal(problem: Problem) -> str | None:
     if problem.arch is None:
         return "no GPU is visible to PyTorch"
     if family(problem.arch) is None:
-        return f"takes NVIDIA GPUs from sm_80 on and AMD gfx90a, gfx942 and gfx950, not {problem.arch}"
+        return f"takes GPUs of {', '.join(known_archs())}, not of {problem.arch}"
     return _missing()
 
 

@@ -94,7 +94,7 @@ class _Sweep:
     def _gradient_chunks(self, tokens_outside: bool, need_bias: bool):
         """Yields (slab, chunk, gradient of the product [T, C], its sums over rows [., C] or None), all in buffers of the walk."""
         V, C, device = self.problem.V, self.plan.vocab_tile, self.hidden_ND.device
-        buffer = torch.empty(self.T * C, dtype=self.dtype, device=device)
+        buffer_TC = torch.empty(self.T, C, dtype=self.dtype, device=device)
         rows = self.tile.M if self.fused else GRADIENT_ROWS
         bias_buffer = (
             torch.empty(triton.cdiv(self.T, rows) * C, dtype=torch.float32, device=device) if need_bias else None
@@ -109,7 +109,7 @@ class _Sweep:
             if chunk is None or chunk.span != span:
                 chunk = Chunk(self, span)
             width = span[1] - span[0]
-            g_TC = buffer[: self.T * width].view(self.T, width)
+            g_TC = buffer_TC[:, :width]
             bias_sums = (
                 None if bias_buffer is None else bias_buffer[: triton.cdiv(self.T, rows) * width].view(-1, width)
             )
@@ -133,7 +133,7 @@ class _Sweep:
     def _library(self, slab: "Slab", chunk: "Chunk", g_TC: Tensor, bias_sums: Tensor | None) -> None:
         begin, end = chunk.span
         product(slab.hidden_TD, chunk.weight_CD.T, out=g_TC)
-        gradient_logits_kernel[(triton.cdiv(end - begin, GRADIENT_COLUMNS), triton.cdiv(self.T, GRADIENT_ROWS))](
+        gradient_logits_kernel[(triton.cdiv(self.T, GRADIENT_ROWS), triton.cdiv(end - begin, GRADIENT_COLUMNS))](
             g_TC, g_TC, self.head.bias_V, slab.targets_T, slab.tokens, bias_sums, slab.live_T, T=self.T, begin=begin, end=end,
             stride_n=g_TC.stride(0), stride_v=1, stride_out_n=g_TC.stride(0), stride_out_v=1,
             BIAS_SUMS=bias_sums is not None, TARGET=False, M=GRADIENT_ROWS, N=GRADIENT_COLUMNS, **self._flags(), **OPTIONS,

@@ -16,6 +16,7 @@ from isdaa_kernels.backends.triton.plan import (
     choose_products,
     fold_slots,
     forward_shape,
+    make_plan,
     product_dtype,
 )
 from isdaa_kernels.backends.triton.slabs import (
@@ -45,6 +46,7 @@ def forward(
     ignore_index: int,
     stats: StatsRequest,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    make_plan(problem)  # a workspace that is too small raises here, not in the backward
     report_bad_targets(targets_N, problem, ignore_index)
     scored_N = targets_N != ignore_index
     live = LiveTokens(scored_N, problem.N)
@@ -100,7 +102,7 @@ class _Sweep:
     def _library(self, hidden_TD: Tensor, token: dict) -> None:
         for begin, logits_TC in library_logits(hidden_TD, self.weight_VD, self.C):
             C = logits_TC.shape[1]
-            fold_logits_kernel[(triton.cdiv(C, LOGITS_TILE), triton.cdiv(self.T, FOLD_ROWS))](
+            fold_logits_kernel[(triton.cdiv(self.T, FOLD_ROWS), triton.cdiv(C, LOGITS_TILE))](
                 logits_TC, None, self.head.bias_V, begin=begin, end=begin + C, stride_n=logits_TC.stride(0), stride_v=1,
                 GATHER=False, M=FOLD_ROWS, N=LOGITS_TILE, **token, **self.head.scalars, **self.head.flags,
                 **self.partials.arguments(), **OPTIONS,

@@ -41,7 +41,7 @@ def forward_logits(
         for first in live.slabs(T):
             rows_T = padded_rows(live, first, T)
             targets_T, inverse_T = targets_N.index_select(0, rows_T), head.inverse_temperature(rows_T)
-            fold_logits_kernel[(triton.cdiv(problem.V, LOGITS_TILE), triton.cdiv(T, FOLD_ROWS))](
+            fold_logits_kernel[(triton.cdiv(T, FOLD_ROWS), triton.cdiv(problem.V, LOGITS_TILE))](
                 logits_NV, live.rows_M, None, targets_T, inverse_T, live.count, first=first, T=T, begin=0, end=problem.V,
                 stride_n=logits_NV.stride(0), stride_v=logits_NV.stride(1), GATHER=True, M=FOLD_ROWS, N=LOGITS_TILE,
                 **partials.arguments(), **head.scalars, **head.flags, **OPTIONS,
@@ -84,7 +84,7 @@ def backward_logits(
     with on(logits_NV.device):
         upstream = Upstream(grad, everyone, head, logprob_N, lse_N, None)
         tokens = upstream.tokens(0, N, everyone.rows_M)
-        gradient_logits_kernel[(triton.cdiv(V, GRADIENT_COLUMNS), triton.cdiv(N, GRADIENT_ROWS))](
+        gradient_logits_kernel[(triton.cdiv(N, GRADIENT_ROWS), triton.cdiv(V, GRADIENT_COLUMNS))](
             logits_NV, out_NV, None, clean_targets(targets_N, V), tokens, None, live_N.to(torch.uint8), T=N, begin=0, end=V,
             stride_n=logits_NV.stride(0), stride_v=logits_NV.stride(1), stride_out_n=out_NV.stride(0),
             stride_out_v=out_NV.stride(1), BIAS_SUMS=False, TARGET=True, M=GRADIENT_ROWS, N=GRADIENT_COLUMNS,

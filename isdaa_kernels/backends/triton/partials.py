@@ -11,7 +11,7 @@ from isdaa_kernels.backends.triton.kernels.tokens import combine_kernel
 from isdaa_kernels.backends.triton.slabs import OPTIONS, LiveTokens
 from isdaa_kernels.stats import StatsRequest
 
-_COMBINE_TOKENS = 32
+_COMBINE_TOKENS, _COMBINE_SLOTS = 16, 64  # of a program at once
 
 
 class Partials:
@@ -45,7 +45,7 @@ class Partials:
             targets=targets_T, rows=live.rows_M, count=live.count, logprob=logprob_N, lse=lse_N, entropy=rows.get("entropy"),
             lse_stat=rows.get("lse"), mean_logit=rows.get("mean_logit"), log_sum_sq=rows.get("log_sum_sq_prob"),
             is_top1=rows.get("is_top1"), first=first, T=self.T, V=V, B=self.slots, LSE="lse" in rows, TOP1="is_top1" in rows,
-            M=_COMBINE_TOKENS, **self.arguments(), **OPTIONS,
+            M=_COMBINE_TOKENS, SLOTS=_COMBINE_SLOTS, **self.arguments(), **OPTIONS,
         )  # fmt: skip
 
 

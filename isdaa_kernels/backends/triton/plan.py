@@ -10,14 +10,17 @@ from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
 
 DEFAULT_MIB = 512  # beside the fp32 sums of d_hidden, where no workspace is given
-_FORWARD_TOKENS = 4096  # of a slab of the fused forward: bounds the partial results
+_FORWARD_TOKENS = 4096  # of a slab of the fused forward at most: bounds the partial results
 SLAB_TOKENS = (16384, 8192, 4096, 2048, 1024, 512, 256)
 CHUNK_COLUMNS = (16384, 8192, 4096, 2048, 1024)
 # Tiles of logits that are read from memory: rows x columns.
 FOLD_ROWS, LOGITS_TILE = 4, 2048
 GRADIENT_ROWS, GRADIENT_COLUMNS = 16, 512
 TOKEN_ROWS = 10  # fp32 numbers that `token_kernel` writes for each token of a slab
-_TOKEN_BYTES = 32  # a token of the call: its index and slot, place in the order of targets, target, the target's entry
+WEIGHT_ROWS = 2048  # of d_weight that one slab finishes at once, while their fp32 sums are in the cache
+_TOKEN_BYTES = (
+    56  # a token of the call: log-sum-exp, log-prob, coefficient, target, index, slot, place in the order of targets
+)
 _PARTIAL_BYTES = 24  # a token and slot: maximum, fp64 sum, three statistics
 
 
@@ -50,11 +53,12 @@ def arch_of(problem: Problem) -> str:
 
 def forward_shape(problem: Problem) -> tuple[int, int]:
     """(tokens, columns) of the forward's products. The library's depend on the vocabulary and the device alone, and so do the bits of
-    what comes out; a fused tile does not see the others of its slab."""
-    if choose_products(problem) == "fused":
-        M = slab_step(problem)
-        return min(_FORWARD_TOKENS, ceil_div(max(problem.N, 1), M) * M), problem.V
-    return (32, LOGITS_TILE) if arch_of(problem) == "interpreter" else (1024, min(8192, problem.V))
+    what comes out; a fused tile does not see the others of its slab, which is as large as the workspace allows."""
+    if choose_products(problem) == "library":
+        return (32, LOGITS_TILE) if arch_of(problem) == "interpreter" else (1024, min(8192, problem.V))
+    budget = _budget(problem) - problem.N * _TOKEN_BYTES
+    slabs = [T for T in _slabs(problem) if T <= _FORWARD_TOKENS] or _slabs(problem)[-1:]
+    return next((T for T in slabs if _forward_bytes(problem, T, problem.V) <= budget), slabs[-1]), problem.V
 
 
 def fold_slots(problem: Problem, tile: TileConfig) -> int:
@@ -65,20 +69,25 @@ def fold_slots(problem: Problem, tile: TileConfig) -> int:
 
 
 def make_plan(problem: Problem) -> Plan:
-    """The largest slabs and chunks that fit. d_hidden and d_weight together: vocabulary chunks outside, every d_weight chunk finished
-    once, d_hidden summed in fp32 beside it (4 D bytes a token); where that does not fit, two passes, which recompute the logits twice."""
+    """The slabs and chunks that move the fewest bytes of those that fit. d_hidden and d_weight together: vocabulary chunks outside,
+    every d_weight chunk finished once, d_hidden summed in fp32 beside it (4 D bytes a token); where that does not fit, two passes,
+    which recompute the logits twice. Without `max_workspace_mb` nothing is refused."""
     limited = problem.max_workspace_mb is not None
-    budget = (problem.max_workspace_mb if limited else DEFAULT_MIB) * MIB
     both = problem.need_hidden and problem.need_weight
-    sums = problem.N * problem.D * 4 if both else 0
-    shape = _largest(problem, budget - (sums if limited else 0), split=False)
-    split = shape is None and both
-    if split:
-        sums, shape = 0, _largest(problem, budget, split=True)
-    if shape is None:
-        T, C = min(_slabs(problem)), min(_chunks(problem))
-        raise refuse_budget(problem.max_workspace_mb or DEFAULT_MIB, _bytes(problem, T, C, split=both))
-    T, C = _balanced(problem, shape[0]), shape[1]
+    shapes = [(T, C) for T in _slabs(problem) for C in _chunks(problem)]
+    one_pass = [
+        s
+        for s in shapes
+        if _bytes(problem, *s, split=False) - (0 if limited else _sums(problem, s[0])) <= _budget(problem)
+    ]
+    two_passes = [s for s in shapes if _bytes(problem, *s, split=True) <= _budget(problem)] if limited and both else []
+    split = not one_pass and both and limited
+    fit = two_passes if split else one_pass
+    if not fit:
+        if limited:
+            raise refuse_budget(problem.max_workspace_mb, min(_bytes(problem, *s, split) for s in shapes))
+        fit = [shapes[-1]]
+    T, C = min(fit, key=lambda shape: _traffic(problem, *shape))
     work = problem.need_hidden + problem.need_weight
     return Plan(
         backend="triton",
@@ -87,58 +96,68 @@ def make_plan(problem: Problem) -> Plan:
         chunks=ceil_div(problem.N, T) * ceil_div(problem.V, C),
         kept_tokens=0,
         split=split,
-        bytes=_bytes(problem, T, C, split) + sums,
+        bytes=_bytes(problem, T, C, split),
         units=1.0 + work + (2 if split else 1) * (work > 0),
     )
 
 
+def weight_rows(problem: Problem, T: int, C: int) -> int:
+    """Rows of the fp32 sums of d_weight: few where one slab makes them whole, else a chunk that waits for the other slabs."""
+    return min(C, WEIGHT_ROWS) if T >= problem.N else C
+
+
+def _budget(problem: Problem) -> float:
+    return (DEFAULT_MIB if problem.max_workspace_mb is None else problem.max_workspace_mb) * MIB
+
+
 def _slabs(problem: Problem) -> list[int]:
-    M = slab_step(problem)
-    return sorted({min(T, ceil_div(max(problem.N, 1), M) * M) for T in SLAB_TOKENS}, reverse=True)
-
-
-def _balanced(problem: Problem, T: int) -> int:
-    """Slabs of one height: as many as slabs of T are, with the least padding."""
-    M = slab_step(problem)
-    slabs = ceil_div(max(problem.N, 1), T)
-    return ceil_div(ceil_div(max(problem.N, 1), slabs), M) * M
+    """Heights to choose from, largest first: as many slabs as the rounder number would make, with the least padding."""
+    step, N = slab_step(problem), max(problem.N, 1)
+    counts = {ceil_div(N, T) for T in SLAB_TOKENS}
+    return sorted({ceil_div(ceil_div(N, count), step) * step for count in counts}, reverse=True)
 
 
 def _chunks(problem: Problem) -> list[int]:
     return sorted({min(C, problem.V) for C in CHUNK_COLUMNS}, reverse=True)
 
 
-def _largest(problem: Problem, budget: float, split: bool) -> tuple[int, int] | None:
-    """Of the shapes that fit the one of most logits: every sum in memory is then read and written least often."""
-    fit = [(T, C) for T in _slabs(problem) for C in _chunks(problem) if _bytes(problem, T, C, split) <= budget]
-    return max(fit, key=lambda shape: (shape[0] * shape[1], shape[0]), default=None)
+def _traffic(problem: Problem, T: int, C: int) -> tuple[float, int]:
+    """Bytes an entry of the logits' matrix that the sums move, in units of D; of equals the fewest tiles."""
+    hidden = 8 / C if C < problem.V else 0.0  # the fp32 sums of d_hidden, read and written once a chunk
+    gather = 4 / C if T < problem.N and C < problem.V else 0.0
+    weight = 8 / T if T < problem.N else 0.0  # those of d_weight, once a slab
+    return hidden + gather + weight, ceil_div(problem.N, T) * ceil_div(problem.V, C)
+
+
+def _sums(problem: Problem, T: int) -> int:
+    """fp32 d_hidden of all slabs, where one pass makes it beside d_weight."""
+    both = problem.need_hidden and problem.need_weight
+    return ceil_div(problem.N, T) * T * problem.D * 4 if both else 0
 
 
 def _bytes(problem: Problem, T: int, C: int, split: bool) -> int:
     backward = _backward_bytes(problem, T, C, split) if problem.need_hidden or problem.need_weight else 0
-    return problem.N * _TOKEN_BYTES + max(_forward_bytes(problem), backward)
+    backward += 0 if split else _sums(problem, T)
+    return problem.N * _TOKEN_BYTES + max(_forward_bytes(problem, *forward_shape(problem)), backward)
 
 
-def _forward_bytes(problem: Problem) -> int:
-    T, C = forward_shape(problem)
+def _forward_bytes(problem: Problem, T: int, C: int) -> int:
     size = product_dtype(problem).itemsize
-    fused = choose_products(problem) == "fused"
-    numbers = (
-        T * (problem.D + 8) * size
-        + T * fold_slots(problem, choose_tile_config(problem, arch_of(problem))) * _PARTIAL_BYTES
-    )
-    if not fused:
+    tile = choose_tile_config(problem, arch_of(problem))
+    numbers = T * (problem.D + 8) * size + T * fold_slots(problem, tile) * _PARTIAL_BYTES
+    if choose_products(problem) == "library":
         numbers += T * C * 4 + (C * problem.D * 4 if problem.weight_dtype != torch.float32 else 0)
     return numbers
 
 
 def _backward_bytes(problem: Problem, T: int, C: int, split: bool) -> int:
-    size = product_dtype(problem).itemsize
+    size, fused = product_dtype(problem).itemsize, choose_products(problem) == "fused"
     numbers = T * C * size + T * (problem.D + 8) * size + T * (TOKEN_ROWS + 4) * 4
+    numbers += ceil_div(T, 128 if fused else GRADIENT_ROWS) * C * 4 + 8 * problem.V  # sums for the bias
     if problem.need_weight:
-        numbers += C * problem.D * 4 + problem.V * 4
+        numbers += weight_rows(problem, T, C) * problem.D * 4 + problem.V * 4
     if problem.need_hidden and (split or not problem.need_weight):
         numbers += T * problem.D * 4
-    if choose_products(problem) == "library" and problem.weight_dtype != torch.float32:
+    if not fused and problem.weight_dtype != torch.float32:
         numbers += C * problem.D * 4
     return numbers

@@ -32,11 +32,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def precision() -> str:
-    """TF32 only where the user's own setting of torch allows it; of no consequence for 16-bit factors."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 class LiveTokens:
     """Indices of the tokens of `mask_N` in their order, the first `capacity` of them, and their number, all on the device: no sync."""
 
@@ -134,7 +129,7 @@ def fused_arguments(tile: TileConfig, hidden_TD: Tensor, weight_VD: Tensor) -> d
     return {
         "hidden": hidden, "weight": weight, "D": D, "V": weight_VD.shape[0], "stride_hidden": hidden_TD.stride(0),
         "stride_weight_v": weight_VD.stride(0), "stride_weight_d": weight_VD.stride(1), "TMA": tile.tma,
-        "EVEN_D": D % tile.K == 0, "EVEN_V": weight_VD.shape[0] % tile.N == 0, "PRECISION": precision(),
+        "EVEN_D": D % tile.K == 0, "EVEN_V": weight_VD.shape[0] % tile.N == 0, "PRECISION": "ieee",
         "M": tile.M, "N": tile.N, "K": tile.K, "GROUP": tile.group, "PIECES": tile.pieces, "FLATTEN": tile.flatten,
         "SPECIALIZE": tile.specialize, "num_warps": tile.num_warps, "num_stages": tile.num_stages, **OPTIONS,
     }  # fmt: skip

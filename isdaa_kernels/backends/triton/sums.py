@@ -9,6 +9,7 @@ from torch import Tensor
 
 from isdaa_kernels.backends.triton.kernels.tokens import finish_hidden_kernel, finish_weight_kernel
 from isdaa_kernels.backends.triton.library import accumulate, product
+from isdaa_kernels.backends.triton.plan import weight_rows
 from isdaa_kernels.backends.triton.slabs import OPTIONS, LiveTokens
 from isdaa_kernels.backends.triton.upstream import Upstream
 
@@ -58,22 +59,24 @@ class HiddenSum:
 
 
 class WeightSum:
-    """d_weight, one chunk of vocabulary rows after the other, each summed over all slabs and finished."""
+    """d_weight, one chunk of vocabulary rows after the other, each summed over all slabs and finished; where there is but one slab, in
+    pieces whose fp32 sums do not leave the cache."""
 
     def __init__(self, sweep):
         self.sweep = sweep
         self.out_VD = torch.empty(sweep.weight_VD.shape, dtype=sweep.weight_VD.dtype, device=sweep.weight_VD.device)
         if sweep.live.capacity == 0:
             self.out_VD.zero_()
-        rows = sweep.plan.vocab_tile
-        self.sum_CD = torch.empty(rows, sweep.problem.D, dtype=torch.float32, device=self.out_VD.device)
+        self.rows = weight_rows(sweep.problem, sweep.T, sweep.plan.vocab_tile)
+        self.sum_RD = torch.empty(self.rows, sweep.problem.D, dtype=torch.float32, device=self.out_VD.device)
 
     def add(self, slab, chunk, g_TC: Tensor, _) -> None:
-        begin, end = chunk.span
-        sum_CD = self.sum_CD[: end - begin]
-        (product if slab.is_first else accumulate)(g_TC.T, slab.hidden_TD, sum_CD)
-        if slab.is_last:
-            finish_rows(self.sweep, self.sweep.hidden_ND, sum_CD, begin, self.out_VD)
+        begin, C = chunk.span[0], g_TC.shape[1]
+        for row in range(0, C, self.rows):
+            sum_RD = self.sum_RD[: min(self.rows, C - row)]
+            (product if slab.is_first else accumulate)(g_TC[:, row : row + len(sum_RD)].T, slab.hidden_TD, sum_RD)
+            if slab.is_last:
+                finish_rows(self.sweep, self.sweep.hidden_ND, sum_RD, begin + row, self.out_VD)
 
     def finish(self) -> Tensor:
         return self.out_VD

@@ -57,7 +57,14 @@ _RICH = _PLAIN | {
 _UNALIGNED = {arch: TileConfig(128, 64, 32, num_warps=8, num_stages=2) for arch in _PLAIN}
 _UNALIGNED["interpreter"] = _PLAIN["interpreter"]
 _KINDS = {"plain": _PLAIN, "rich": _RICH, "unaligned": _UNALIGNED}
-_FAMILY = {"sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86"}
+_FAMILY = {
+    "sm_87": "sm_80",
+    "sm_89": "sm_86",
+    "sm_103": "sm_100",
+    "sm_110": "sm_100",
+    "sm_120": "sm_86",
+    "sm_121": "sm_86",
+}
 _FAMILY |= {"gfx90a": "gfx942", "gfx950": "gfx942"}
 _overrides: dict[str, TileConfig] = {}
 
@@ -66,6 +73,10 @@ def family(arch: str) -> str | None:
     """The row of the table that an architecture uses, or None where there is none."""
     known = _FAMILY.get(arch, arch)
     return known if known in _PLAIN else None
+
+
+def known_archs() -> list[str]:
+    return sorted(({*_PLAIN} - {"interpreter"}) | {*_FAMILY}, key=lambda name: (name[:2] != "sm", len(name), name))
 
 
 def choose_tile_config(problem: Problem, arch: str, kernel: str = "forward", kind: str = "plain") -> TileConfig:
@@ -77,7 +88,7 @@ def choose_tile_config(problem: Problem, arch: str, kernel: str = "forward", kin
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     row = family(arch)
     if row is None:
-        raise ValueError(f"arch: expected one of {', '.join([*_PLAIN, *_FAMILY])}, got {arch!r}")
+        raise ValueError(f"arch: expected one of {', '.join(known_archs())}, got {arch!r}")
     return _overrides.get(override_key(problem, arch, kernel, kind), _KINDS[kind][row])
 
 
@@ -115,5 +126,10 @@ def load_tile_configs(path: str | Path) -> dict[str, TileConfig]:
         found = {key: TileConfig(**fields) for key, fields in json.loads(Path(path).read_text()).items()}
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"path: expected tiles as save_tile_configs writes them, got {path}: {error}") from None
+    for key, tile in found.items():
+        if tile.M not in (64, 128, 256) or tile.N not in (64, 128, 256) or tile.pieces not in (1, 2, 4):
+            raise ValueError(
+                f"path: expected tiles of 64, 128 or 256 by 64, 128 or 256 in 1, 2 or 4 pieces, got {key}: {tile}"
+            )
     _overrides.update(found)
     return found

@@ -36,13 +36,13 @@ def candidates(start: TileConfig, arch: str, itemsize: int) -> Iterator[TileConf
     """Neighbours of the table's tile that fit into shared memory, the table's own first."""
     yield start
     shapes = ((128, 256, 4), (256, 128, 2), (128, 128, 2))
-    choices = product(shapes, (32, 64), (2, 3, 4, 5), (4, 8), (8, 16), (False, True), (False, True))
-    for (M, N, pieces), K, stages, warps, group, flatten, specialize in choices:
+    choices = product(shapes, (32, 64), (2, 3, 4, 5), (4, 8), (8, 16), (False, True), (False, True), (1, 2))
+    for (M, N, pieces), K, stages, warps, group, flatten, specialize, programs in choices:
         tile = replace(
             start, M=M, N=N, K=K, num_warps=warps, num_stages=stages, pieces=pieces, group=group, flatten=flatten,
-            specialize=specialize,
+            specialize=specialize, programs=programs,
         )  # fmt: skip
-        fits = tile.shared_bytes(itemsize) <= SHARED_LIMIT[family(arch)]
+        fits = tile.shared_bytes(itemsize) * programs <= SHARED_LIMIT[family(arch)]
         if tile != start and fits and not (specialize and not tile.tma):
             yield tile
 

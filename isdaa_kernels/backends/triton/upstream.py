@@ -29,7 +29,7 @@ class Upstream:
         self.scaled = dtype is not None
         self.shift, self.least = _SHIFT.get(dtype, 0), _LEAST_EXPONENT.get(dtype, -64)
         self.scales_hidden = self.least < 0
-        self.top = _top_exponent(self.terms, live)
+        self.top = _top_exponent(self.terms, live, head)
 
     def flags(self) -> dict:
         return {"LOG_PROB": self.terms[2] is not None, "FLAT": self.terms[3] is not None}
@@ -55,12 +55,13 @@ class Upstream:
         )  # fmt: skip
 
 
-def _top_exponent(terms: list[Tensor | None], live: LiveTokens) -> Tensor:
-    """int32 [1]: floor(log2) of the largest finite coefficient of a live token, -150 where there is none."""
+def _top_exponent(terms: list[Tensor | None], live: LiveTokens, head: Head) -> Tensor:
+    """int32 [1]: floor(log2) of the largest finite coefficient of a live token times the slope of its z, -150 where there is none."""
     live_N = live.slot_N < live.capacity
+    slope = abs(head.transform.logit_scale) * head.transform.inverse_temperature(None, torch.float32)
     largest = torch.zeros((), dtype=torch.float32, device=live_N.device)
     for term in terms:
         if term is not None and len(term):
-            finite_N = live_N & term.isfinite()
-            largest = torch.maximum(largest, torch.where(finite_N, term.abs(), 0.0).amax())
+            size_N = term.abs() * slope
+            largest = torch.maximum(largest, torch.where(live_N & size_N.isfinite(), size_N, 0.0).amax())
     return torch.where(largest > 0, torch.frexp(largest).exponent - 1, -150).to(torch.int32).reshape(1)

@@ -23,10 +23,10 @@ def fold_logits_kernel(
     GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TOTAL: tl.constexpr,
     SQUARES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (cdiv(C, N), cdiv(T, M)); the slot of a tile is begin / N + its column."""
-    row_M = tl.program_id(1) * M + tl.arange(0, M)
+    """Grid: (cdiv(T, M), cdiv(C, N)); the slot of a tile is begin / N + its column."""
+    row_M = tl.program_id(0) * M + tl.arange(0, M)
     live_M = (row_M < T) & (first + row_M < tl.load(count))
-    column_N = begin + tl.program_id(0) * N + tl.arange(0, N)
+    column_N = begin + tl.program_id(1) * N + tl.arange(0, N)
     source_M = row_M.to(tl.int64)
     if GATHER:
         source_M = tl.load(rows + first + row_M, mask=live_M, other=0)
@@ -37,7 +37,7 @@ def fold_logits_kernel(
     z_MN, _ = transform(x_MN, bias_N, logit_scale, softcap, inverse_M, HAS_BIAS, HAS_SOFTCAP)
     target_M = tl.load(targets + row_M, mask=live_M, other=-1)
     fold(
-        z_MN, begin + tl.program_id(0) * N, end, target_M, row_M, live_M, begin // N + tl.program_id(0), T, partial_max, partial_sum,
+        z_MN, begin + tl.program_id(1) * N, end, target_M, row_M, live_M, begin // N + tl.program_id(1), T, partial_max, partial_sum,
         partial_entropy, partial_total, partial_squares, target_logit, False, ENTROPY, TOTAL, SQUARES,
     )  # fmt: skip
 
@@ -56,10 +56,10 @@ def gradient_logits_kernel(
     TARGET: tl.constexpr,  # the target's own entry stands in its column; else 0 does, and it is added outside
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    row_M = tl.program_id(1) * M + tl.arange(0, M)
+    row_M = tl.program_id(0) * M + tl.arange(0, M)
     inside_M = row_M < T
     live_M = tl.load(live + row_M, mask=inside_M, other=0) != 0
-    column_N = begin + tl.program_id(0) * N + tl.arange(0, N)
+    column_N = begin + tl.program_id(1) * N + tl.arange(0, N)
     place_N = (column_N - begin).to(tl.int64)
     mask_MN = inside_M[:, None] & (column_N < end)[None, :]
     x_MN = tl.load(
@@ -82,7 +82,7 @@ def gradient_logits_kernel(
     if BIAS_SUMS:
         scale_M = tl.load(token_M + 7 * T, mask=inside_M, other=0.0)
         sums_N = tl.sum(g_MN * scale_M[:, None], 0)
-        tl.store(bias_sums + tl.program_id(1).to(tl.int64) * (end - begin) + place_N, sums_N, mask=column_N < end)
+        tl.store(bias_sums + tl.program_id(0).to(tl.int64) * (end - begin) + place_N, sums_N, mask=column_N < end)
     tl.store(
         out + row_M.to(tl.int64)[:, None] * stride_out_n + place_N[None, :] * stride_out_v,
         narrow(g_MN, out.dtype.element_ty), mask=mask_MN,

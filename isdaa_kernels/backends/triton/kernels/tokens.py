@@ -37,35 +37,40 @@ def combine_kernel(
     entropy, lse_stat, mean_logit, log_sum_sq, is_top1,  # fp32 [N], or None where not asked for
     first, T, V, B,
     ENTROPY: tl.constexpr, LSE: tl.constexpr, TOTAL: tl.constexpr, SQUARES: tl.constexpr, TOP1: tl.constexpr, M: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The partial results of each token in the order of their slots, summed in fp64; NaN where the target is no vocabulary row."""
+    """The partial results of each token in one order of their slots, summed in fp64; NaN where the target is no vocabulary row."""
     i_M = tl.program_id(0) * M + tl.arange(0, M)
     live_M = (i_M < T) & (first + i_M < tl.load(count))
     target_M = tl.load(targets + i_M, mask=live_M, other=-1)
     target_logit_M = tl.load(target_logit + i_M, mask=live_M, other=0.0)
     top_M = tl.full((M,), float("-inf"), tl.float32)
-    place_M = i_M.to(tl.int64)
-    for _ in range(B):
-        top_M = tl.maximum(top_M, tl.load(partial_max + place_M, mask=live_M, other=float("-inf")))
-        place_M += T
+    for slot in range(0, B, SLOTS):
+        b_S = slot + tl.arange(0, SLOTS)
+        place_SM = b_S.to(tl.int64)[:, None] * T + i_M[None, :]
+        mask_SM = (b_S < B)[:, None] & live_M[None, :]
+        top_M = tl.maximum(top_M, tl.max(tl.load(partial_max + place_SM, mask=mask_SM, other=float("-inf")), 0))
     shift_M = tl.where(top_M == float("-inf"), 0.0, top_M)
     sum_M = tl.zeros((M,), tl.float64)
     entropy_M, total_M, squares_M = tl.zeros((M,), tl.float64), tl.zeros((M,), tl.float64), tl.zeros((M,), tl.float64)
-    place_M = i_M.to(tl.int64)
-    for _ in range(B):
-        max_M = tl.load(partial_max + place_M, mask=live_M, other=float("-inf"))
-        part_M = tl.load(partial_sum + place_M, mask=live_M, other=0.0)
-        factor_M = tl.where(max_M == shift_M, 1.0, tl.exp(max_M - shift_M)).to(tl.float64)
-        sum_M += factor_M * part_M
+    for slot in range(0, B, SLOTS):
+        b_S = slot + tl.arange(0, SLOTS)
+        place_SM = b_S.to(tl.int64)[:, None] * T + i_M[None, :]
+        mask_SM = (b_S < B)[:, None] & live_M[None, :]
+        max_SM = tl.load(partial_max + place_SM, mask=mask_SM, other=float("-inf"))
+        part_SM = tl.load(partial_sum + place_SM, mask=mask_SM, other=0.0)
+        below_SM = max_SM - shift_M[None, :]
+        factor_SM = tl.where(below_SM == 0.0, 1.0, tl.exp(below_SM)).to(tl.float64)
+        sum_M += tl.sum(factor_SM * part_SM, 0)
         if ENTROPY:
-            below_M = tl.where(max_M == float("-inf"), 0.0, shift_M - max_M).to(tl.float64)
-            spread_M = tl.load(partial_entropy + place_M, mask=live_M, other=0.0).to(tl.float64)
-            entropy_M += factor_M * (spread_M + below_M * part_M)
+            above_SM = tl.where(max_SM == float("-inf"), 0.0, -below_SM).to(tl.float64)
+            spread_SM = tl.load(partial_entropy + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
+            entropy_M += tl.sum(factor_SM * (spread_SM + above_SM * part_SM), 0)
         if TOTAL:
-            total_M += tl.load(partial_total + place_M, mask=live_M, other=0.0).to(tl.float64)
+            total_M += tl.sum(tl.load(partial_total + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
         if SQUARES:
-            squares_M += factor_M * factor_M * tl.load(partial_squares + place_M, mask=live_M, other=0.0).to(tl.float64)
-        place_M += T
+            squares_SM = tl.load(partial_squares + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
+            squares_M += tl.sum(factor_SM * factor_SM * squares_SM, 0)
     nan_M = tl.where((target_M >= 0) & (target_M < V), 0.0, float("nan")).to(tl.float64)
     log_sum_M = tl.log(sum_M) + nan_M
     n_M = tl.load(rows + first + i_M, mask=live_M, other=0)
@@ -85,7 +90,7 @@ def combine_kernel(
     if SQUARES:
         tl.store(log_sum_sq + n_M, (tl.log(squares_M) - 2.0 * log_sum_M).to(tl.float32), mask=live_M)
     if TOP1:
-        tl.store(is_top1 + n_M, tl.where((target_logit_M >= top_M) & (nan_M == nan_M), 1.0, 0.0), mask=live_M)
+        tl.store(is_top1 + n_M, tl.where((target_logit_M >= top_M) & (log_sum_M == log_sum_M), 1.0, 0.0), mask=live_M)
 
 
 @triton.jit
@@ -117,11 +122,11 @@ def token_kernel(
 ):  # fmt: skip
     """Coefficients of the backward, scaled by powers of two so that 16-bit numbers hold them.
 
-    A token's largest coefficient is below 2 ** (e + 1), that of the call below 2 ** (top + 1). The hidden state is scaled by 2 ** r,
-    the gradient of its logits by 2 ** (q + SHIFT - e), with r + q = e - top and r >= LEAST: then their product is in units of
-    2 ** (top - SHIFT) for all tokens alike. `out` holds the inverse temperature, 2 ** -r, the two halves of lse, the three
-    coefficients of `tiles.gradient`, 2 ** r, the target's own entry, and the exponent that d_hidden is multiplied by. Without SCALED
-    all coefficients stay as they are.
+    A token's largest coefficient, times the slope of z, is below 2 ** (e + 1), that of the call below 2 ** (top + 1). The hidden
+    state is scaled by 2 ** r, the gradient of its logits by 2 ** (q + SHIFT - e), with r + q = e - top and r >= LEAST: then their
+    product is in units of 2 ** (top - SHIFT) for all tokens alike. `out` holds the inverse temperature, 2 ** -r, the two halves of
+    lse, the three coefficients of `tiles.gradient`, 2 ** r, the target's own entry, and the exponent that d_hidden is multiplied by.
+    Without SCALED all coefficients stay as they are.
     """
     i_M = tl.program_id(0) * M + tl.arange(0, M)
     live_M = (i_M < T) & (first + i_M < tl.load(count))
@@ -135,15 +140,16 @@ def token_kernel(
     if FLAT:
         flat_M = tl.load(flat_gradient + n_M, mask=live_M, other=0.0)
     largest_M = tl.maximum(tl.maximum(tl.abs(g_M), tl.abs(prob_M)), tl.maximum(tl.abs(log_prob_M), tl.abs(flat_M)))
+    inverse_M = tl.load(inverse_temperature + i_M, mask=live_M, other=1.0)
+    largest_M *= tl.abs(logit_scale) * inverse_M  # the slope of z at most
     sum_M = g_M + prob_M + log_prob_M + flat_M
     top_exponent = tl.load(top)
-    finite_M = tl.abs(sum_M) < float("inf")
+    finite_M = (tl.abs(sum_M) < float("inf")) & (largest_M < float("inf"))
     e_M = tl.minimum(tl.where(finite_M, exponent_of(tl.where(finite_M, largest_M, 0.0)), top_exponent), top_exponent)
     r_M = tl.maximum(e_M - top_exponent, LEAST)
     scale_M = power_of_two(SHIFT - top_exponent - r_M)  # q + SHIFT - e
     if not SCALED:
         r_M, scale_M = tl.zeros((M,), tl.int32), tl.full((M,), 1.0, tl.float64)
-    inverse_M = tl.load(inverse_temperature + i_M, mask=live_M, other=1.0)
     logprob_M = tl.load(logprob + n_M, mask=live_M, other=0.0).to(tl.float64)
     lse_M = tl.load(lse + n_M, mask=live_M, other=0.0)
     p_M = tl.exp(logprob_M)
