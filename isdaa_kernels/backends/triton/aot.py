@@ -202,7 +202,7 @@ def _tile_constants(tile: TileConfig, variant: Variant, tma: bool) -> dict:
 def _shape(variant: Variant) -> dict[str, int]:
     shapes = {
         "fold_logits": {"M": FOLD_ROWS, "N": LOGITS_TILE}, "gradient_logits": {"M": GRADIENT_ROWS, "N": GRADIENT_COLUMNS},
-        "combine": {"M": 16, "SLOTS": 32}, "token": {"M": 128}, "finish_hidden": {"M": 16, "K": 256},
+        "combine": {"M": 8, "SLOTS": 64}, "token": {"M": 128}, "finish_hidden": {"M": 16, "K": 256},
         "finish_weight": {"R": 16, "M": 16, "K": 256}, "gather": {"M": 16, "K": 256},
     }  # fmt: skip
     return shapes[variant.kernel]

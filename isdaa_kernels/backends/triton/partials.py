@@ -11,7 +11,7 @@ from isdaa_kernels.backends.triton.kernels.tokens import combine_kernel
 from isdaa_kernels.backends.triton.slabs import OPTIONS, LiveTokens
 from isdaa_kernels.stats import StatsRequest
 
-_COMBINE_TOKENS, _COMBINE_SLOTS = 16, 32  # of a program at once
+_COMBINE_TOKENS, _COMBINE_SLOTS = 8, 64  # of a program at once
 
 
 class Partials:
