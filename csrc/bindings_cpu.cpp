@@ -28,13 +28,15 @@ void forward_tile(uintptr_t logits, uintptr_t row_index, int64_t logits_stride, 
                   int64_t rows, int64_t columns, uintptr_t bias, uintptr_t inverse_temperature,
                   double constant_inverse_temperature, double logit_scale, double softcap, uintptr_t target,
                   uintptr_t running_max, uintptr_t running_sum, uintptr_t target_logit, uintptr_t kept, int64_t kept_stride,
-                  uintptr_t entropy_sum, uintptr_t square_sum, uintptr_t logit_sum, uintptr_t top, int64_t top_k, int threads) {
+                  uintptr_t entropy_sum, uintptr_t square_sum, uintptr_t logit_sum, uintptr_t top, int64_t top_k,
+                  uintptr_t block_lse, int64_t block_lse_stride, int64_t block, int threads) {
   linear_logprob_forward_tile<T>(
       {address<const T>(logits), address<const int64_t>(row_index), logits_stride, address<T>(scratch), scratch_stride, rows,
        columns, head<T>(bias, inverse_temperature, constant_inverse_temperature, logit_scale, softcap),
        address<const int64_t>(target), address<T>(running_max), address<double>(running_sum), address<T>(target_logit),
        address<T>(kept), kept_stride,
-       {address<double>(entropy_sum), address<double>(square_sum), address<double>(logit_sum), address<T>(top), top_k}, threads});
+       {address<double>(entropy_sum), address<double>(square_sum), address<double>(logit_sum), address<T>(top), top_k},
+       address<T>(block_lse), block_lse_stride, block, threads});
 }
 
 template <typename T>
@@ -58,7 +60,8 @@ void define(py::module_& m, const std::string& suffix) {
         py::arg("bias"), py::arg("inverse_temperature"), py::arg("constant_inverse_temperature"), py::arg("logit_scale"),
         py::arg("softcap"), py::arg("target"), py::arg("running_max"), py::arg("running_sum"), py::arg("target_logit"),
         py::arg("kept"), py::arg("kept_stride"), py::arg("entropy_sum"), py::arg("square_sum"), py::arg("logit_sum"),
-        py::arg("top"), py::arg("top_k"), py::arg("threads"));
+        py::arg("top"), py::arg("top_k"), py::arg("block_lse"), py::arg("block_lse_stride"), py::arg("block"),
+        py::arg("threads"));
   m.def(("backward_tile_" + suffix).c_str(), &backward_tile<T>, free, py::arg("logits"), py::arg("row_index"),
         py::arg("logits_stride"), py::arg("gradient"), py::arg("gradient_index"), py::arg("gradient_stride"), py::arg("rows"),
         py::arg("columns"), py::arg("bias"), py::arg("inverse_temperature"), py::arg("constant_inverse_temperature"),

@@ -8,9 +8,11 @@ from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.logprob_from_logits import logprob_from_logits, logprob_stats_from_logits
 from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective, importance_sampled
 from isdaa_kernels.preference_loss import PreferenceLoss, preference_loss
+from isdaa_kernels.routing import Routed
 from isdaa_kernels.sequence_logprob import sequence_logprob
 from isdaa_kernels.stats import VocabStats
 from isdaa_kernels.targets import check, shift_targets
+from isdaa_kernels.vocab_order import VocabOrder, make_vocab_order
 from isdaa_kernels.workspace import Plan
 
 __version__ = "0.1.0"
@@ -23,6 +25,8 @@ __all__ = [
     "Plan",
     "PreferenceLoss",
     "Problem",
+    "Routed",
+    "VocabOrder",
     "VocabStats",
     "check",
     "explain_backends",
@@ -32,6 +36,7 @@ __all__ = [
     "linear_preference_loss",
     "logprob_from_logits",
     "logprob_stats_from_logits",
+    "make_vocab_order",
     "plan",
     "preference_loss",
     "sequence_logprob",

@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from isdaa_kernels.routing import Routed
+
 PREFERENCE = ("triton", "cpu", "reference")
 # device type -> the backends made for it; `reference` never stands in for them in silence
 ACCELERATED = {"cuda": ("triton",), "cpu": ("cpu",)}
@@ -27,6 +29,7 @@ class Problem:
     need_weight: bool = True
     keep_logits: bool = False  # a backward will follow
     max_workspace_mb: float | None = None
+    routed: Routed | None = None  # None: exact gradients
     arch: str | None = None  # of a GPU: "sm_90", "gfx942", ...
 
     @property

@@ -4,6 +4,7 @@ N tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch import Tensor
 from isdaa_kernels import ops
 from isdaa_kernels.arguments import check_floats, check_targets, split_temperature
 from isdaa_kernels.lm_head import LMHead
+from isdaa_kernels.routing import Routed
 from isdaa_kernels.stats import StatsRequest, VocabStats, check_stats
 from isdaa_kernels.targets import raise_bad_targets
+from isdaa_kernels.vocab_order import VocabOrder
 from isdaa_kernels.workspace import check_workspace
 
 
@@ -27,6 +30,8 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     max_scored: int | None = None,
+    gradient: Literal["exact"] | Routed = "exact",
+    vocab_order: VocabOrder | None = None,
     max_workspace_mb: float | None = None,
     backend: str | None = None,
     validate: bool = False,
@@ -44,8 +49,9 @@ def linear_logprob(
     bias [V]. temperature: a positive number, or one a token [...]; not differentiable. max_scored: an upper bound on the targets
     that are not ignored, known to a collator; sizes buffers. max_workspace_mb: MiB that the call may allocate beyond inputs, output
     and gradients; more keeps part of the logits for the backward and saves their recomputation (`plan` says what it buys); None
-    keeps none. backend: a name, or None for the best one for the device (`explain_backends`). validate: check targets now, even
-    where that waits for a device.
+    keeps none. gradient: "exact", or `Routed(...)`, whose docstring says what it leaves out and how far that can be off; the log-prob
+    is the same. vocab_order: of `make_vocab_order`; with it fewer blocks are routed to. backend: a name, or None for the best one for
+    the device (`explain_backends`). validate: check targets now, even where that waits for a device.
 
     Under autocast hidden and weight are cast to its dtype. Gradients have the dtypes of their inputs, are summed in fp32 and
     rounded once. A second derivative raises RuntimeError.
@@ -63,6 +69,8 @@ def linear_logprob(
         temperature,
         ignore_index,
         max_scored,
+        gradient,
+        vocab_order,
         max_workspace_mb,
         backend,
         validate,
@@ -83,6 +91,8 @@ def linear_logprob_stats(
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     max_scored: int | None = None,
+    gradient: Literal["exact"] | Routed = "exact",
+    vocab_order: VocabOrder | None = None,
     max_workspace_mb: float | None = None,
     backend: str | None = None,
     validate: bool = False,
@@ -115,8 +125,9 @@ def linear_logprob_stats(
     request = check_stats(stats, top_k)
     head = LMHead(weight, bias, logit_scale, softcap)
     return _run(
-        hidden, head, targets, request, temperature, ignore_index, max_scored, max_workspace_mb, backend, validate
-    )
+        hidden, head, targets, request, temperature, ignore_index, max_scored, gradient, vocab_order,
+        max_workspace_mb, backend, validate,
+    )  # fmt: skip
 
 
 def _run(
@@ -127,6 +138,8 @@ def _run(
     temperature,
     ignore_index,
     max_scored,
+    gradient,
+    vocab_order,
     max_workspace_mb,
     backend,
     validate,
@@ -138,10 +151,12 @@ def _run(
     check_workspace(max_workspace_mb)
     constant, per_token = split_temperature(temperature, targets)
     hidden, weight = _autocast(hidden, head.weight)
+    order, routed = _routing(gradient, vocab_order, head, request)
     targets_N = targets.reshape(N)
     if validate:
         raise_bad_targets(targets_N, weight.shape[0], ignore_index)
     grad = torch.is_grad_enabled()
+    needs = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, head.bias)]
     logprob_N, stats_SN, _, _ = ops.linear_logprob_forward(
         hidden.reshape(N, D),
         weight,
@@ -154,12 +169,42 @@ def _run(
         ignore_index,
         N if max_scored is None else max_scored,
         None if max_workspace_mb is None else float(max_workspace_mb),
-        [grad and hidden.requires_grad, grad and weight.requires_grad],
+        needs[:2],
         ",".join(request.names),
         request.top_k,
         backend,
+        order if any(needs) else None,
+        routed if any(needs) else None,
     )
     return logprob_N.reshape(targets.shape), VocabStats.from_rows(stats_SN, request.names, targets.shape)
+
+
+def _routing(
+    gradient: Literal["exact"] | Routed, vocab_order: VocabOrder | None, head: LMHead, request: StatsRequest
+) -> tuple[Tensor | None, list[float] | None]:
+    if not isinstance(gradient, Routed):
+        if gradient != "exact":
+            raise ValueError(f"gradient: expected 'exact' or Routed(...), got {gradient!r}")
+        if vocab_order is not None:
+            raise ValueError("vocab_order: expected None with gradient='exact', which has no blocks, got an order")
+        return None, None
+    if head.softcap is not None:
+        raise ValueError(
+            f"softcap: expected None with gradient=Routed(...), got {head.softcap}; its slope varies within a block"
+        )
+    unrouted = [name for name in ("entropy", "mean_logit") if name in request.names]
+    if unrouted and torch.is_grad_enabled():
+        raise ValueError(
+            f"stats: expected none of entropy, mean_logit with gradient=Routed(...), got {unrouted[0]!r}; it has no routed gradient"
+        )
+    if vocab_order is None:
+        return None, gradient.pack()
+    if len(vocab_order.rows) != len(head.weight) or vocab_order.rows.device != head.weight.device:
+        raise ValueError(
+            f"vocab_order: expected {len(head.weight)} rows on {head.weight.device}, "
+            f"got {len(vocab_order.rows)} on {vocab_order.rows.device}"
+        )
+    return vocab_order.rows, gradient.pack()
 
 
 def _check_tensors(hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: int) -> None:

@@ -3,6 +3,8 @@
 Letters: N tokens of a packed batch, D hidden size, V vocabulary, S sequences, P preference pairs.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,9 @@ from isdaa_kernels.linear_logprob import linear_logprob
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.objectives import ImportanceWeight, Objective
 from isdaa_kernels.preference_loss import PreferenceLoss, check_preference, preference_loss
+from isdaa_kernels.routing import Routed
 from isdaa_kernels.sequence_logprob import check_cu_seqlens, sequence_length, sequence_logprob
+from isdaa_kernels.vocab_order import VocabOrder
 
 
 def linear_preference_loss(
@@ -30,6 +34,8 @@ def linear_preference_loss(
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     max_scored: int | None = None,
+    gradient: Literal["exact"] | Routed = "exact",
+    vocab_order: VocabOrder | None = None,
     max_workspace_mb: float | None = None,
     backend: str | None = None,
     validate: bool = False,
@@ -55,7 +61,7 @@ def linear_preference_loss(
                        or per sequence [S]. Or `reference`: (hidden, head) of the reference model, evaluated here
                        without gradient, with the options of the policy. Exactly one of the two.
     behaviour_logprob  like reference_logprob, under the policy that wrote the completions; default: the reference.
-    temperature, max_scored, max_workspace_mb, backend, validate    as in `linear_logprob`.
+    temperature, max_scored, gradient, vocab_order, max_workspace_mb, backend, validate    as in `linear_logprob`.
     the others         as in `preference_loss`.
 
     A sequence without scored tokens is empty: its pair has weight 0 and gives no gradient. Raises ValueError for
@@ -71,6 +77,7 @@ def linear_preference_loss(
         _check_logprob(name, logprob, token_shape, S, hidden.device)
 
     kernel = {"temperature": temperature, "ignore_index": ignore_index, "max_scored": max_scored}
+    kernel |= {"gradient": gradient, "vocab_order": vocab_order}
     kernel |= {"max_workspace_mb": max_workspace_mb, "backend": backend, "validate": validate}
     scored_N = (targets != ignore_index).reshape(-1)
     if reference is None:

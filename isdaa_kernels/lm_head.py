@@ -50,6 +50,7 @@ class Transform:
     softcap: float | None
     temperature: float
     temperature_N: Tensor | None  # takes the place of `temperature`, one value a token
+    order_V: Tensor | None = None  # of the vocabulary rows in the blocks of a routed backward
 
     def inverse_temperature(self, rows: Tensor | None, dtype: torch.dtype) -> Tensor | float:
         """1 / temperature, of the tokens `rows` (None: of all) where each has its own."""

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from isdaa_kernels.dispatch import Problem, device_arch, select_backend
 from isdaa_kernels.lm_head import Transform
+from isdaa_kernels.routing import Routed
 from isdaa_kernels.stats import StatsRequest, TokenGradient
 from isdaa_kernels.targets import raise_bad_targets
 
 _SECOND = "isdaa_kernels: {} has no second derivative; detach its gradient, or use dense PyTorch where create_graph=True is needed"
 
 
-def _problem(hidden, weight, max_scored, keep, max_workspace_mb, need_hidden, need_weight) -> Problem:
+def _problem(hidden, weight, max_scored, keep, max_workspace_mb, need_hidden, need_weight, routed) -> Problem:
     return Problem.of(
         hidden,
         weight,
@@ -26,6 +27,7 @@ def _problem(hidden, weight, max_scored, keep, max_workspace_mb, need_hidden, ne
         need_weight=need_weight,
         keep_logits=keep,
         max_workspace_mb=max_workspace_mb,
+        routed=Routed.unpack(routed),
     )
 
 
@@ -50,10 +52,13 @@ def linear_logprob_forward(
     stats: str,
     top_k: int,
     backend: str | None,
+    order: Tensor | None = None,
+    routed: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob [N], stats [S, N], lse fp64 [N], kept [K, V]). `keep`: which of hidden, weight will need a gradient; none keeps nothing."""
-    problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep)
-    transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature)
+    """(logprob [N], stats [S, N], lse fp64 [N], kept [K, V]). `keep`: which of hidden, weight will need a gradient; none keeps nothing.
+    Routed (`Routed.pack`), `kept` is the log-sum-exps of the blocks [N, B]."""
+    problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed)
+    transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature, order)
     request = StatsRequest(_names(stats), top_k)
     with torch.autocast(hidden.device.type, enabled=False):  # the inputs are cast already; the arithmetic stays fp32
         return select_backend(problem, backend).forward(
@@ -63,17 +68,18 @@ def linear_logprob_forward(
 
 @linear_logprob_forward.register_fake
 def _(hidden, weight, targets, bias, temperature, constant_temperature, logit_scale, softcap, ignore_index, max_scored,
-      max_workspace_mb, keep, stats, top_k, backend):  # fmt: skip
-    problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep)
-    kept = 0
-    if any(keep) and max_workspace_mb is not None:
-        kept = select_backend(problem, backend).make_plan(problem).kept_tokens
-    dtype, N = problem.compute_dtype, hidden.shape[0]
+      max_workspace_mb, keep, stats, top_k, backend, order=None, routed=None):  # fmt: skip
+    problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed)
+    dtype, N, kept = problem.compute_dtype, hidden.shape[0], (0, weight.shape[0])
+    if problem.routed is not None:
+        kept = (N, problem.routed.blocks(weight.shape[0]))
+    elif any(keep) and max_workspace_mb is not None:
+        kept = (select_backend(problem, backend).make_plan(problem).kept_tokens, weight.shape[0])
     return (
         hidden.new_empty(N, dtype=dtype),
         hidden.new_empty(len(_names(stats)), N, dtype=dtype),
         hidden.new_empty(N, dtype=torch.float64),
-        hidden.new_empty(kept, weight.shape[0], dtype=dtype),
+        hidden.new_empty(kept, dtype=dtype),
     )
 
 
@@ -99,10 +105,12 @@ def linear_logprob_backward(
     need: Sequence[bool],
     stats: str,
     backend: str | None,
+    order: Tensor | None = None,
+    routed: Sequence[float] | None = None,
 ) -> list[Tensor]:
     """[d_hidden, d_weight, d_bias], an empty tensor where `need` says no. Not both of grad [N] and grad_stats [S, N] are None."""
-    problem = _problem(hidden, weight, max_scored, kept.shape[0] > 0, max_workspace_mb, need[0], need[1])
-    transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature)
+    problem = _problem(hidden, weight, max_scored, kept.shape[0] > 0, max_workspace_mb, need[0], need[1], routed)
+    transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature, order)
     token_grad = TokenGradient.of(grad, grad_stats, stats_values, _names(stats), weight.shape[0])
     module = select_backend(problem, backend)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -114,7 +122,7 @@ def linear_logprob_backward(
 
 @linear_logprob_backward.register_fake
 def _(grad, grad_stats, hidden, weight, targets, bias, temperature, logprob, stats_values, lse, kept, constant_temperature,
-      logit_scale, softcap, ignore_index, max_scored, max_workspace_mb, need, stats, backend):  # fmt: skip
+      logit_scale, softcap, ignore_index, max_scored, max_workspace_mb, need, stats, backend, order=None, routed=None):  # fmt: skip
     inputs = (hidden, weight, bias)
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
@@ -124,9 +132,9 @@ def _(grad, grad_stats, hidden, weight, targets, bias, temperature, logprob, sta
 
 def _save(ctx, inputs, output) -> None:
     (hidden, weight, targets, bias, temperature, ctx.constant_temperature, ctx.logit_scale, ctx.softcap,
-     ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, _, ctx.stats, _, ctx.backend) = inputs  # fmt: skip
+     ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, _, ctx.stats, _, ctx.backend, order, ctx.routed) = inputs  # fmt: skip
     saved = _save_numbers(ctx, *output)
-    ctx.save_for_backward(hidden, weight, targets, bias, temperature, *saved)
+    ctx.save_for_backward(hidden, weight, targets, bias, temperature, order, *saved)
 
 
 def _save_numbers(ctx, logprob, stats, *others) -> tuple[Tensor, ...]:
@@ -138,17 +146,17 @@ def _save_numbers(ctx, logprob, stats, *others) -> tuple[Tensor, ...]:
 
 
 def _backward(ctx, grad_logprob, grad_stats, _grad_lse, _grad_kept):
-    hidden, weight, targets, bias, temperature, logprob, stats_values, lse, kept = ctx.saved_tensors
+    hidden, weight, targets, bias, temperature, order, logprob, stats_values, lse, kept = ctx.saved_tensors
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if grad_logprob is None and grad_stats is None:
-        return (None,) * 15
+        return (None,) * 17
     d_hidden, d_weight, d_bias = linear_logprob_backward(
         grad_logprob, grad_stats, hidden, weight, targets, bias, temperature, logprob, stats_values, lse, kept,
         ctx.constant_temperature, ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, need,
-        ctx.stats, ctx.backend,
+        ctx.stats, ctx.backend, order, ctx.routed,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (d if n else None for d, n in zip((d_hidden, d_weight, d_bias), need, strict=True))
-    return d_hidden, d_weight, None, d_bias, *[None] * 11
+    return d_hidden, d_weight, None, d_bias, *[None] * 13
 
 
 linear_logprob_forward.register_autograd(_backward, setup_context=_save)
@@ -159,7 +167,7 @@ def _no_second_derivative(ctx, *grads):
 
 
 def _name_of_linear(ctx, inputs, output) -> None:
-    ctx.public_name = "linear_logprob_stats" if inputs[-2] else "linear_logprob"
+    ctx.public_name = "linear_logprob_stats" if inputs[18] else "linear_logprob"
 
 
 linear_logprob_backward.register_autograd(_no_second_derivative, setup_context=_name_of_linear)

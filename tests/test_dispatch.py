@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from isdaa_kernels import NoBackend, explain_backends
+from isdaa_kernels import NoBackend, Routed, explain_backends
 from isdaa_kernels.backends import triton as triton_backend
 from isdaa_kernels.backends.cpu import tiles
 from isdaa_kernels.dispatch import PREFERENCE, Problem, select_backend
@@ -60,6 +60,7 @@ def test_a_gpu_gets_the_triton_backend():
         ({"hidden_dtype": torch.float64}, "takes float16, bfloat16 and float32, not hidden in torch.float64"),
         ({"weight_dtype": torch.float64}, "not weight in torch.float64"),
         ({"device_type": "mps", "arch": None}, "takes tensors on NVIDIA and AMD GPUs, not on mps"),
+        ({"routed": Routed()}, "makes exact gradients only, no routed ones"),
     ],
 )
 def test_refusals_of_the_triton_backend(change, sentence):

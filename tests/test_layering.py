@@ -13,22 +13,32 @@ ROOT = Path(isdaa_kernels.__file__).parent
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 # What each module of the package may import of the package; a folder stands for all in it.
-BASE = {"lm_head", "workspace", "targets", "stats"}
+BASE = {"lm_head", "workspace", "targets", "stats", "routing"}
 ALLOWED = {
     "lm_head": set(),
     "workspace": set(),
     "stats": set(),
     "arguments": set(),
     "targets": set(),
-    "dispatch": {"backends"},  # by name, inside a function
+    "routing": set(),
+    "vocab_order": set(),
+    "dispatch": {"backends", "routing"},  # backends by name, inside a function
     "backends": BASE | {"dispatch"},
-    "ops": {"dispatch", "lm_head", "stats", "targets"},
+    "ops": {"dispatch", "lm_head", "routing", "stats", "targets"},
     "objectives": set(),
-    "linear_logprob": {"ops", "arguments", "lm_head", "stats", "targets", "workspace"},
+    "linear_logprob": {"ops", "arguments", "lm_head", "routing", "stats", "targets", "vocab_order", "workspace"},
     "logprob_from_logits": {"ops", "arguments", "lm_head", "stats", "targets"},
     "sequence_logprob": {"ops"},
     "preference_loss": {"objectives"},
-    "linear_preference_loss": {"linear_logprob", "lm_head", "objectives", "preference_loss", "sequence_logprob"},
+    "linear_preference_loss": {
+        "linear_logprob",
+        "lm_head",
+        "objectives",
+        "preference_loss",
+        "sequence_logprob",
+        "routing",
+        "vocab_order",
+    },
     "explain": {"dispatch", "workspace"},
     "testing": {"ops", "stats"},
 }

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from isdaa_kernels import linear_logprob, linear_logprob_stats, logprob_from_logits, logprob_stats_from_logits, ops
+from isdaa_kernels import (
+    Routed,
+    linear_logprob,
+    linear_logprob_stats,
+    logprob_from_logits,
+    logprob_stats_from_logits,
+    ops,
+)
 from isdaa_kernels.stats import STATS
 from isdaa_kernels.testing import make_sample, relative_error
 
@@ -60,6 +67,16 @@ def test_opcheck_of_logits(backend, overwrite, stats):
     backward = ops.logprob_from_logits_backward_ if overwrite else ops.logprob_from_logits_backward
     saved = (sample.targets, None, logprob, values, lse, 0.9)
     torch.library.opcheck(backward, (*grads, logits, *saved, *head, stats, backend))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_opcheck_of_routed_gradients(backend):
+    sample = make_sample(50, 6, 300, bias=True)
+    for leaf in (sample.hidden, sample.weight, sample.bias):
+        leaf.requires_grad_()
+    args = _forward_args(sample, backend, softcap=None, order=torch.randperm(300), routed=Routed().pack())
+    torch.library.opcheck(ops.linear_logprob_forward, args)
+    assert ops.linear_logprob_forward(*args)[3].shape == (50, 3)
 
 
 def test_opcheck_of_segments():

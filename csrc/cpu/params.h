@@ -43,6 +43,9 @@ struct FoldTile {
   T* kept;                 // [N, V] a copy of the product, or null
   int64_t kept_stride;
   FoldStats<T> stats;
+  T* block_lse;              // [N, V / block] log-sum-exp of each block of columns, or null; then no sums of `stats` are taken
+  int64_t block_lse_stride;
+  int64_t block;             // divides where a tile begins
   int threads;
 };
 

@@ -155,6 +155,23 @@ inline void add_sums(const FoldTile<T>& p, int64_t i, const Sums& sums, T old_ma
   p.running_max[i] = new_max;
 }
 
+// Each block's log-sum-exp, and from them the tile's sum of exp(z - shift): one exponential an element serves both.
+inline double fold_blocks(const FoldTile<float>& p, int64_t i, const float* z, float shift) {
+  double total = 0;
+  float* out = p.block_lse + i * p.block_lse_stride;
+  for (int64_t begin = 0; begin < p.columns; begin += p.block, ++out) {
+    const int64_t count = begin + p.block < p.columns ? p.block : p.columns - begin;
+    Float top = broadcast(-__builtin_inff());
+    for (int64_t j = 0; j < count; j += ISDAA_LANES) top = maximum(load(z + begin + j, count - j, -__builtin_inff()), top);
+    const float block_max = max_lanes(top);
+    const bool empty = block_max == -__builtin_inff();
+    const double sum = sum_row<false, false, false>(z + begin, count, empty ? 0.0f : block_max).exponentials;
+    *out = block_max + (empty ? 0.0f : (float)__builtin_log(sum));
+    total += empty ? sum : sum * __builtin_exp((double)block_max - shift);
+  }
+  return total;
+}
+
 template <typename T>
 inline void fold_rest(const FoldTile<T>& p, int64_t i, const T* z) {
   if (p.target[i] >= 0 && p.target[i] < p.columns) p.target_logit[i] = z[p.target[i]];
@@ -169,6 +186,13 @@ inline void fold_row(const FoldTile<float>& p, int64_t i) {
   const float tile_max = transform_row(p, i, z), old_max = p.running_max[i];
   const float new_max = tile_max > old_max ? tile_max : old_max;
   const float shift = new_max == -__builtin_inff() ? 0.0f : new_max;
+  if (p.block_lse) {
+    Sums sums{};
+    sums.exponentials = fold_blocks(p, i, z, shift);
+    add_sums(p, i, sums, old_max, new_max);
+    fold_rest(p, i, z);
+    return;
+  }
   add_sums(p, i, p.stats.sums() ? sum_row(p.stats, z, p.columns, shift) : sum_row<false, false, false>(z, p.columns, shift), old_max,
            new_max);
   fold_rest(p, i, z);
@@ -261,6 +285,14 @@ inline void fold_row(const FoldTile<double>& p, int64_t i) {
       sums.entropy += e == 0 ? 0.0 : e * -d;
       sums.squares += e * e;
       sums.logits += z[j];
+    }
+  if (p.block_lse)
+    for (int64_t begin = 0; begin < p.columns; begin += p.block) {
+      const int64_t end = begin + p.block < p.columns ? begin + p.block : p.columns;
+      double top = lowest, sum = 0;
+      for (int64_t j = begin; j < end; ++j) top = z[j] > top ? z[j] : top;
+      for (int64_t j = begin; j < end; ++j) sum += __builtin_exp(z[j] - (top == lowest ? 0.0 : top));
+      p.block_lse[i * p.block_lse_stride + begin / p.block] = top + (top == lowest ? 0.0 : __builtin_log(sum));
     }
   add_sums(p, i, sums, old_max, new_max);
   fold_rest(p, i, z);

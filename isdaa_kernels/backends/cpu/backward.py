@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels.backends.cpu.plan import make_plan
+from isdaa_kernels.backends.cpu.routed import backward_routed
 from isdaa_kernels.backends.cpu.sums import BiasSum, HiddenSum, Upstream, WeightSum
 from isdaa_kernels.backends.cpu.tiles import FORWARD_TOKENS, HiddenTiles, RowKernels, WeightTiles, kept_block, spans
 from isdaa_kernels.dispatch import Problem
@@ -31,6 +32,20 @@ def backward(
     kept_KV: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if problem.routed is not None:
+        return backward_routed(
+            problem,
+            grad,
+            hidden_ND,
+            weight_VD,
+            targets_N,
+            transform,
+            ignore_index,
+            logprob_N,
+            lse_N,
+            kept_KV,
+            need_bias,
+        )
     sweep = _Sweep(problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV)
     if not sweep.plan.split:
         return sweep.run(problem.need_hidden, problem.need_weight, need_bias)

@@ -36,8 +36,12 @@ def forward(
     dtype, plan = problem.compute_dtype, make_plan(problem)
     rows = scored_rows(targets_N, ignore_index, problem.N)
     kept_KV = torch.empty(plan.kept_tokens, problem.V, dtype=dtype)
+    block_lse_NB, block = None, 0
+    if problem.routed is not None:
+        block = problem.routed.block
+        block_lse_NB = torch.zeros(len(targets_N), problem.routed.blocks(problem.V), dtype=dtype)
     hidden = HiddenTiles(hidden_ND, rows, FORWARD_TOKENS, dtype)
-    weight = WeightTiles(weight_VD, plan.vocab_tile, dtype)
+    weight = WeightTiles(weight_VD, plan.vocab_tile, dtype, transform.order_V)
     kernels = RowKernels(transform, rows, targets_N, dtype)
     state = State(len(rows), problem.V, dtype, stats)
     buffer = torch.empty(FORWARD_TOKENS * plan.vocab_tile, dtype=dtype)
@@ -49,5 +53,6 @@ def forward(
             torch.mm(hidden.load(token, token_end), weight_CD.T, out=logits_TC)
             kept_TC = kept_KC[token:token_end] if token_end <= len(kept_KC) else None
             tile_TC = logits_TC[: token_end - token]
-            kernels.forward_tile(tile_TC, None, tile_TC, token, column, state, kept_TC)
-    return *finish(state, rows, len(targets_N), dtype), kept_KV
+            blocks = None if block_lse_NB is None else block_lse_NB[token:token_end, column // block :]
+            kernels.forward_tile(tile_TC, None, tile_TC, token, column, state, kept_TC, blocks, block)
+    return *finish(state, rows, len(targets_N), dtype), kept_KV if block_lse_NB is None else block_lse_NB

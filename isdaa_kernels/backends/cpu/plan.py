@@ -36,7 +36,7 @@ def make_plan(problem: Problem) -> Plan:
     fixed = _scratch_bytes(problem, columns, tokens) + accumulator
     row = problem.V * problem.compute_dtype.itemsize
     kept = 0
-    if problem.keep_logits and problem.max_workspace_mb is not None:
+    if problem.keep_logits and problem.max_workspace_mb is not None and problem.routed is None:
         rows = int(budget - fixed) // row
         kept = problem.N if rows >= problem.N else rows // FORWARD_TOKENS * FORWARD_TOKENS  # whole forward tiles
     work = problem.need_hidden + problem.need_weight

@@ -33,6 +33,19 @@ def kept_block(kept_KV: Tensor, column: int, column_end: int) -> Tensor:
     return kept_KV.view(-1)[K * column : K * column_end].view(K, column_end - column)
 
 
+def in_order(values_V: Tensor, transform: Transform) -> Tensor:
+    return values_V if transform.order_V is None else values_V.index_select(0, transform.order_V)
+
+
+def placed(targets_N: Tensor, transform: Transform) -> Tensor:
+    """Where the targets stand in the order of the blocks."""
+    if transform.order_V is None:
+        return targets_N
+    place_V = torch.empty_like(transform.order_V)
+    place_V[transform.order_V] = torch.arange(len(place_V))
+    return place_V.index_select(0, targets_N)
+
+
 class HiddenTiles:
     """Rows of hidden gathered and widened into one buffer. Its rows are 64-byte aligned: a library product then treats all alike."""
 
@@ -53,18 +66,21 @@ class HiddenTiles:
 
 
 class WeightTiles:
-    """Rows of weight, as a view where they already have the dtype, else widened into one buffer."""
+    """Rows of weight in the order of their blocks: a view where they have the dtype and keep their order, else in one buffer."""
 
-    def __init__(self, weight_VD: Tensor, tile: int, dtype: torch.dtype):
-        self.weight_VD, self.start = weight_VD, None
-        same = weight_VD.dtype == dtype
+    def __init__(self, weight_VD: Tensor, tile: int, dtype: torch.dtype, order_V: Tensor | None = None):
+        self.weight_VD, self.order_V, self.start = weight_VD, order_V, None
+        same = weight_VD.dtype == dtype and order_V is None
         self.buffer_CD = None if same else torch.empty(tile, weight_VD.shape[1], dtype=dtype)
 
     def load(self, start: int, stop: int) -> Tensor:
-        rows_CD = self.weight_VD[start:stop]
         if self.buffer_CD is None:
-            return rows_CD
+            return self.weight_VD[start:stop]
         if self.start != start:
+            ordered = self.order_V is not None
+            rows_CD = (
+                self.weight_VD.index_select(0, self.order_V[start:stop]) if ordered else self.weight_VD[start:stop]
+            )
             self.buffer_CD[: stop - start].copy_(rows_CD)
             self.start = start
         return self.buffer_CD[: stop - start]
@@ -77,7 +93,7 @@ class RowKernels:
         self.transform = transform
         self.size = dtype.itemsize
         self.suffix = str(dtype).removeprefix("torch.")
-        self.bias_V = None if transform.bias_V is None else transform.bias_V.to(dtype).contiguous()
+        self.bias_V = None if transform.bias_V is None else in_order(transform.bias_V, transform).to(dtype).contiguous()
         inverse = transform.inverse_temperature(rows_N, dtype)
         self.inverse_N = None if isinstance(inverse, float) else inverse
         self.head = {
@@ -85,7 +101,7 @@ class RowKernels:
             "logit_scale": transform.logit_scale,
             "softcap": transform.softcap or 0.0,
         }
-        self.targets_N = targets_N.index_select(0, rows_N).long()
+        self.targets_N = placed(targets_N.index_select(0, rows_N).long(), transform)
         self.threads = torch.get_num_threads()
 
     def _tile(self, token: int, column: int, target_T: Tensor) -> dict:
@@ -106,9 +122,11 @@ class RowKernels:
         column: int,
         state: "State",
         kept_TC: Tensor | None = None,
+        block_lse_TB: Tensor | None = None,
+        block: int = 0,
     ) -> None:
         """Fold a tile of logits (whose rows `logits_rows_T` names) into the state of its tokens. scratch_TC may be overwritten, and may
-        be the logits; kept_TC receives a copy of them first."""
+        be the logits; kept_TC receives a copy of them first; block_lse_TB, if given, the log-sum-exps of blocks of `block` columns."""
         target_T = self.targets_N[token : token + len(scratch_TC)] - column
         getattr(native, f"forward_tile_{self.suffix}")(
             logits=logits.data_ptr(),
@@ -120,6 +138,9 @@ class RowKernels:
             columns=scratch_TC.shape[1],
             kept=_address(kept_TC),
             kept_stride=0 if kept_TC is None else kept_TC.stride(0),
+            block_lse=0 if block_lse_TB is None else block_lse_TB.data_ptr(),
+            block_lse_stride=0 if block_lse_TB is None else block_lse_TB.stride(0),
+            block=block,
             **state.addresses(token),
             **self._tile(token, column, target_T),
         )

@@ -6,6 +6,7 @@ N tokens, D hidden size, V vocabulary, C tokens of a chunk.
 import torch
 from torch import Tensor
 
+from isdaa_kernels.backends.reference.routed import RoutedGradient, block_logsumexp, placed
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import StatsRequest, TokenGradient
@@ -41,15 +42,17 @@ def make_plan(problem: Problem) -> Plan:
 
 def forward(problem, hidden_ND, weight_VD, targets_N, transform: Transform, ignore_index: int, stats: StatsRequest):
     weight = weight_VD.to(problem.compute_dtype)
-    numbers = _fold(
-        problem,
-        lambda rows_C: _product(hidden_ND, weight, transform, rows_C),
-        targets_N,
-        transform,
-        ignore_index,
-        stats,
-    )
-    return *numbers, hidden_ND.new_empty(0, problem.V, dtype=problem.compute_dtype)
+    load = lambda rows_C: _product(hidden_ND, weight, transform, rows_C)  # noqa: E731
+    numbers = _fold(problem, load, targets_N, transform, ignore_index, stats)
+    if problem.routed is None:
+        return *numbers, hidden_ND.new_empty(0, problem.V, dtype=problem.compute_dtype)
+    routed = problem.routed
+    block_lse_NB = hidden_ND.new_zeros(len(targets_N), routed.blocks(problem.V), dtype=problem.compute_dtype)
+    for rows_C in _chunks(targets_N != ignore_index, problem):
+        z_CV, _ = _transform(load(rows_C), transform, rows_C)
+        order = slice(None) if transform.order_V is None else transform.order_V
+        block_lse_NB[rows_C] = block_logsumexp(z_CV[:, order], routed.block)
+    return *numbers, block_lse_NB
 
 
 def forward_logits(problem, logits_NV, targets_N, transform: Transform, ignore_index: int, stats: StatsRequest):
@@ -113,11 +116,21 @@ def backward(
     d_bias_V = hidden_ND.new_zeros(problem.V, dtype=dtype) if need_bias else None
     weight = weight_VD.to(dtype)
     active_N = (targets_N != ignore_index) & grad.active()
+    routed = None
+    if problem.routed is not None:
+        routed = _routed(problem, grad, hidden_ND, weight, targets_N, transform, active_N, logprob_N, lse_N, kept_KV)
     for rows_C in _chunks(active_N, problem):
         skip_C1 = ~active_N[rows_C, None]
         hidden_CD = hidden_ND[rows_C].to(dtype).masked_fill_(skip_C1, 0)
         x_CV = _product(hidden_ND, weight, transform, rows_C)
-        g_CV = _logit_gradient(grad.select(rows_C), x_CV, targets_N, transform, lse_N, rows_C).masked_fill_(skip_C1, 0)
+        if routed is None:
+            g_CV = _logit_gradient(grad.select(rows_C), x_CV, targets_N, transform, lse_N, rows_C)
+        else:
+            z_CV, slope_CV = _transform(x_CV, transform, rows_C)
+            g_CV = x_CV.new_empty(x_CV.shape)
+            order = slice(None) if transform.order_V is None else transform.order_V
+            g_CV[:, order] = routed.logit_gradient(z_CV[:, order], rows_C) * slope_CV
+        g_CV = g_CV.masked_fill_(skip_C1, 0)
         if d_hidden_ND is not None:
             d_hidden_ND[rows_C] = (g_CV @ weight).to(d_hidden_ND.dtype)
         if d_weight_VD is not None:
@@ -129,6 +142,16 @@ def backward(
     if d_bias_V is not None:
         d_bias_V = d_bias_V.to(transform.bias_V.dtype)
     return d_hidden_ND, d_weight_VD, d_bias_V
+
+
+def _routed(problem, grad, hidden_ND, weight, targets_N, transform, active_N, logprob_N, lse_N, block_lse_NB):
+    routed = RoutedGradient(problem, grad, placed(targets_N, transform), active_N, logprob_N, lse_N, block_lse_NB)
+    order = slice(None) if transform.order_V is None else transform.order_V
+    for rows_C in _chunks(active_N, problem):
+        z_CV, _ = _transform(_product(hidden_ND, weight, transform, rows_C), transform, rows_C)
+        routed.collect(z_CV[:, order], rows_C)
+    routed.finish_means()
+    return routed
 
 
 def backward_logits(problem, grad, logits_NV, out_NV, targets_N, transform, ignore_index, logprob_N, lse_N) -> None:

@@ -59,6 +59,8 @@ def refusal(problem: Problem) -> str | None:
     for name, dtype in (("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)):
         if dtype not in _DTYPES:
             return f"takes float16, bfloat16 and float32, not {name} in {dtype}"
+    if problem.routed is not None:
+        return "makes exact gradients only, no routed ones"
     if problem.device_type != "cuda":
         missing = _missing()
         if problem.device_type == "cpu" and missing is None and interpreting():

@@ -1,0 +1,109 @@
+"""The routed backward's rules: which blocks of vocabulary each token's gradient is computed in, and what stands for the rest.
+
+N tokens, V vocabulary, B blocks of it, p the probabilities of a token, mass[n, b] the probability of a block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCKS = (32, 64, 128, 256)
+_BISECTIONS = 20
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A gradient that is computed where the probability is. For `gradient=` of `linear_logprob` and what is built on it.
+
+    With a the coefficient of p in the gradient of the final logits (minus the upstream gradient of the log-prob, plus that of lse), the
+    exact gradient of token n is a[n] p[n, j], plus the upstream gradient in the target's column. The forward keeps the log-sum-exp of
+    every block of `block` vocabulary rows (4 bytes a token and block), so mass[n, b] is known before the backward does any work. Token n
+    is routed to block b, and its gradient there is exact,
+
+        where |a[n]| mass[n, b] > tolerance * scale,  scale = mean |a| over the tokens with a finite coefficient other than 0
+        where b holds the target
+        where n is among the tokens that carry the first `row_share` of the block's sum over n of |a[n]| mass[n, b]
+
+    Elsewhere p[n, j] is replaced by mass[n, b] q[b, j], q[b] being the mean conditional distribution of the block over the tokens that
+    are routed to it (uniform where none is). The sum over j stays what it was, so every row of the gradient of the logits still sums
+    to what the exact one does.
+
+    What it costs: |p - mass q| summed over a block is at most 2 mass, so the L1 error of token n is at most 2 |a[n]| times its mass that
+    is not routed, and at most 2 tolerance * scale in every block: no single (token, block) that is left out is larger than that share
+    of an average token's whole gradient. Tolerance 0 is exact.
+
+    tolerance: 0 or more. scale: a number in place of the mean, so that micro-batches of one step are routed alike. block: 32, 64, 128 or
+    256. row_share: 0 to 1; keeps the direction of rarely used vocabulary rows honest, which Adam normalises row by row.
+    Coefficients 2^48 times smaller than the largest count as 0. Raises ValueError for values outside these ranges.
+    """
+
+    tolerance: float = 7e-4
+    scale: float | None = None
+    block: int = 128
+    row_share: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance < float("inf"):
+            raise ValueError(f"tolerance: expected a finite number from 0 on, got {self.tolerance}")
+        if self.scale is not None and not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale: expected a positive finite number or None, got {self.scale}")
+        if self.block not in BLOCKS:
+            raise ValueError(f"block: expected one of {', '.join(map(str, BLOCKS))}, got {self.block}")
+        if not 0 <= self.row_share <= 1:
+            raise ValueError(f"row_share: expected a number from 0 to 1, got {self.row_share}")
+
+    def blocks(self, V: int) -> int:
+        return -(-V // self.block)
+
+    def pack(self) -> list[float]:
+        """As the operators take it; `unpack` is its inverse, None stands for no routing."""
+        return [self.tolerance, -1.0 if self.scale is None else self.scale, float(self.block), self.row_share]
+
+    @classmethod
+    def unpack(cls, numbers: Sequence[float] | None) -> "Routed | None":
+        if numbers is None:
+            return None
+        tolerance, scale, block, row_share = numbers
+        return cls(tolerance, None if scale < 0 else scale, int(block), row_share)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which blocks a token is routed to, and the mass that is not recomputed."""
+
+    active_BN: Tensor  # bool
+    rest_BN: Tensor  # mass where not active, else 0
+
+
+def choose_routes(
+    block_lse_NB: Tensor, lse_N: Tensor, coefficient_N: Tensor, target_block_N: Tensor, routed: Routed
+) -> Routes:
+    """The rules of `Routed` for tokens with finite coefficients and log-sum-exps. No random choice, no sort: the same on every run."""
+    mass_BN = (block_lse_NB.double() - lse_N[:, None]).exp_().to(coefficient_N.dtype).T.contiguous()
+    size_N = coefficient_N.abs()
+    weighted_BN = mass_BN * size_N
+    limit = routed.tolerance * (_mean_size(size_N) if routed.scale is None else routed.scale)
+    active_BN = weighted_BN > limit
+    if routed.row_share > 0 and len(size_N):
+        active_BN |= weighted_BN > _row_threshold(weighted_BN, routed.row_share)
+    active_BN.scatter_(0, target_block_N[None], True)
+    return Routes(active_BN, mass_BN.masked_fill_(active_BN, 0))
+
+
+def _mean_size(size_N: Tensor) -> Tensor:
+    counted_N = size_N > 0
+    return (size_N.double().sum() / counted_N.sum().clamp_min(1)).to(size_N.dtype)
+
+
+def _row_threshold(weighted_BN: Tensor, share: float) -> Tensor:
+    """[B, 1]: the largest of a bisection's numbers above which at least `share` of each row's sum lies."""
+    wanted_B1 = share * weighted_BN.sum(1, keepdim=True, dtype=torch.float64)
+    low_B1, high_B1 = torch.zeros_like(weighted_BN[:, :1]), weighted_BN.amax(1, keepdim=True)
+    for _ in range(_BISECTIONS):
+        middle_B1 = (low_B1 + high_B1) / 2
+        above_B1 = torch.where(weighted_BN > middle_B1, weighted_BN, 0).sum(1, keepdim=True, dtype=torch.float64)
+        enough_B1 = above_B1 >= wanted_B1
+        low_B1, high_B1 = torch.where(enough_B1, middle_B1, low_B1), torch.where(enough_B1, high_B1, middle_B1)
+    return low_B1
