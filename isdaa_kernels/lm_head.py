@@ -52,6 +52,21 @@ class Transform:
     temperature_N: Tensor | None  # takes the place of `temperature`, one value a token
     order_V: Tensor | None = None  # of the vocabulary rows in the blocks of a routed backward
 
+    def in_order(self, values_V: Tensor) -> Tensor:
+        """Numbers of the vocabulary rows in the order of the blocks."""
+        return values_V if self.order_V is None else values_V.index_select(0, self.order_V)
+
+    def placed(self, targets_N: Tensor) -> Tensor:
+        """int64: where the targets stand in the order of the blocks; those that are no vocabulary row stay what they are."""
+        targets_N = targets_N.long()
+        if self.order_V is None:
+            return targets_N
+        V = len(self.order_V)
+        place_V = torch.empty_like(self.order_V)
+        place_V[self.order_V] = torch.arange(V, device=place_V.device)
+        known_N = (targets_N >= 0) & (targets_N < V)
+        return torch.where(known_N, place_V.index_select(0, targets_N.clamp(0, V - 1)), targets_N)
+
     def inverse_temperature(self, rows: Tensor | None, dtype: torch.dtype) -> Tensor | float:
         """1 / temperature, of the tokens `rows` (None: of all) where each has its own."""
         if self.temperature_N is None:

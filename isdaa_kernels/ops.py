@@ -184,9 +184,8 @@ def _as_matrices(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     N, V = logits.numel() // logits.shape[-1], logits.shape[-1]
     try:
         whole = logits.view(N, V)
-    except (
-        RuntimeError
-    ):  # such as logits[:, :-1] of a padded batch: never copied, but taken one sequence after the other
+    except RuntimeError:
+        # Such as logits[:, :-1] of a padded batch: never copied, but taken one sequence after the other.
         each = N // logits.shape[0]
         for i, part in enumerate(logits.unbind(0)):
             for rows, matrix in _as_matrices(part):

@@ -52,6 +52,15 @@ def scored_rows(targets_N: Tensor, ignore_index: int, max_scored: int) -> Tensor
     return rows
 
 
+def report_bad_targets(targets_N: Tensor, V: int, ignore_index: int, max_scored: int) -> None:
+    """On the CPU raise for targets outside the vocabulary and for more scored ones than promised; on a device keep the first bad one."""
+    if targets_N.device.type == "cpu":
+        raise_bad_targets(targets_N, V, ignore_index)
+        scored_rows(targets_N, ignore_index, max_scored)
+    else:
+        record_bad_targets(bad_targets(targets_N, V, ignore_index), targets_N)
+
+
 def record_bad_targets(bad_N: Tensor, targets_N: Tensor) -> None:
     """Keep the first bad (index, value) in a word on the device, without a sync; `check` reads it. The word stays where it is, so that
     a captured CUDA graph finds it again."""

@@ -223,3 +223,28 @@ def poisoned_empty() -> Iterator[None]:
 
     with mock.patch.object(torch, "empty", poisoned):
         yield
+
+
+@contextmanager
+def denormal_numbers_in_products() -> Iterator[list[bool]]:
+    """Within the block, for each factor and result of `torch.mm(..., out=...)` and `addmm_`: whether it held a denormal fp32 number."""
+    seen: list[bool] = []
+    plain_mm, plain_addmm = torch.mm, Tensor.addmm_
+
+    def look(*tensors: Tensor) -> None:
+        for tensor in tensors:
+            size = tensor.abs()
+            seen.append(bool(((size > 0) & (size < torch.finfo(torch.float32).smallest_normal)).any()))
+
+    def mm(a, b, *, out):
+        plain_mm(a, b, out=out)
+        look(a, b, out)
+        return out
+
+    def addmm_(self, a, b):
+        plain_addmm(self, a, b)
+        look(a, b, self)
+        return self
+
+    with mock.patch.object(torch, "mm", mm), mock.patch.object(Tensor, "addmm_", addmm_):
+        yield seen

@@ -8,6 +8,7 @@ from isdaa_kernels.backends.cpu import tiles
 from isdaa_kernels.stats import STATS
 from isdaa_kernels.testing import (
     assert_error_contract,
+    denormal_numbers_in_products,
     dense_logprob,
     dense_stats,
     dense_stats_from_logits,
@@ -206,27 +207,7 @@ def test_tiny_coefficients_do_not_slow_the_backward_down():
     """No clock: no product of the library sees a denormal number, neither as a factor nor as a result."""
     sample = make_sample(200, 32, 3000, sharpness=12.0)
     sample.upstream = torch.cat([torch.full((100,), 1e-30), torch.full((100,), 1e-3)])
-    seen = []
-    real_mm, real_addmm = torch.mm, torch.Tensor.addmm_
-
-    def look(*tensors):
-        for tensor in tensors:
-            size = tensor.abs()
-            seen.append(bool(((size > 0) & (size < torch.finfo(torch.float32).smallest_normal)).any()))
-
-    def mm(a, b, *, out):
-        real_mm(a, b, out=out)
-        look(a, b, out)
-        return out
-
-    def addmm_(self, a, b):
-        real_addmm(self, a, b)
-        look(a, b, self)
-        return self
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "mm", mm)
-        patch.setattr(torch.Tensor, "addmm_", addmm_)
+    with denormal_numbers_in_products() as seen:
         _ours(sample)
     assert len(seen) > 6
     assert not any(seen)

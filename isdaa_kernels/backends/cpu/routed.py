@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels.backends.cpu.sums import Upstream
-from isdaa_kernels.backends.cpu.tiles import RowKernels, WeightTiles, native
+from isdaa_kernels.backends.cpu.tiles import RowKernels, WeightTiles
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.routing import choose_routes
@@ -37,7 +37,7 @@ def backward_routed(
     scored = scored_rows(targets_N, ignore_index, problem.N)
     tokens = _tokens(problem, grad, targets_N, transform, scored, logprob_N, lse_N)
     block_lse_NB = block_lse[: len(scored)].index_select(0, tokens.position_N)
-    walk = _Walk(problem, hidden_ND, weight_VD, transform, tokens, block_lse_NB, need_bias)
+    walk = _Walk(problem, hidden_ND, weight_VD, targets_N, transform, tokens, block_lse_NB, need_bias)
     d_hidden, d_weight, d_bias = walk.run()
     if len(tokens.lost):  # a non-finite number stays in its row, and in d_weight
         nan = float("nan")
@@ -86,22 +86,24 @@ def _tokens(
         entry = entry + prob * logprob.exp()
     inverse = transform.inverse_temperature(rows, dtype)
     slope = transform.logit_scale * (torch.full_like(g, inverse) if isinstance(inverse, float) else inverse)
-    kernels = RowKernels(transform, rows, targets_N, dtype)
+    target = transform.placed(targets_N.index_select(0, rows))
     return _Tokens(
-        rows, position, kernels.targets_N, lse.index_select(0, position), -g if prob is None else prob - g, entry, slope, upstream, lost
+        rows, position, target, lse.index_select(0, position), -g if prob is None else prob - g, entry, slope, upstream, lost
     )  # fmt: skip
 
 
 class _Walk:
     """The blocks one after the other, in buffers that are made once."""
 
-    def __init__(self, problem, hidden_ND, weight_VD, transform, tokens: _Tokens, block_lse_NB, need_bias: bool):
+    def __init__(
+        self, problem, hidden_ND, weight_VD, targets_N, transform, tokens: _Tokens, block_lse_NB, need_bias: bool
+    ):
         dtype, routed = problem.compute_dtype, problem.routed
         self.problem, self.tokens, self.transform, self.block = problem, tokens, transform, routed.block
         self.out_shape, self.out_dtype = hidden_ND.shape, hidden_ND.dtype
         self.hidden_ND = hidden_ND.index_select(0, tokens.rows_N).to(dtype)
         self.weight = WeightTiles(weight_VD, routed.block, dtype, transform.order_V)
-        self.kernels = RowKernels(transform, tokens.rows_N[:0], tokens.target_N[:0], dtype)
+        self.kernels = RowKernels(transform, tokens.rows_N, targets_N, dtype)
         scale = None if routed.scale is None else routed.scale * 2.0**-tokens.upstream.top
         routes = choose_routes(
             block_lse_NB,
@@ -119,7 +121,6 @@ class _Walk:
         self.rows_RD = torch.zeros(tallest, hidden_ND.shape[1], dtype=dtype)
         self.p_RC = torch.empty(tallest, routed.block, dtype=dtype)
         self.minus_inverse_slope_N = -1 / tokens.slope_N
-        self.nowhere = torch.full((tallest,), -1)
         self.d_hidden_ND = torch.zeros_like(self.hidden_ND) if problem.need_hidden else None
         self.mean_BD = torch.empty(len(self.rest_BN), hidden_ND.shape[1], dtype=dtype) if problem.need_hidden else None
         self.d_weight_VD = torch.empty(weight_VD.shape, dtype=weight_VD.dtype) if problem.need_weight else None
@@ -173,18 +174,10 @@ class _Walk:
         return hidden_RD[:R], p_RC[:R]
 
     def _exponentiate(self, begin: int, rows_R: Tensor, x_RC: Tensor) -> None:
-        """exp(z - lse) in place of the product x: the gradient kernel with a coefficient that cancels its slope, and no target."""
-        kernels, tokens = self.kernels, self.tokens
-        lse_R = tokens.lse_N.index_select(0, rows_R)
-        coefficient_R = self.minus_inverse_slope_N.index_select(0, rows_R)
-        slope_R = tokens.slope_N.index_select(0, rows_R) / self.transform.logit_scale
-        tile = kernels._tile(0, begin, self.nowhere)
-        tile["inverse_temperature"] = slope_R.data_ptr()
-        getattr(native, f"backward_tile_{kernels.suffix}")(
-            logits=x_RC.data_ptr(), row_index=0, logits_stride=x_RC.stride(0), gradient=x_RC.data_ptr(), gradient_index=0,
-            gradient_stride=x_RC.stride(0), rows=len(x_RC), columns=x_RC.shape[1], lse=lse_R.data_ptr(),
-            coefficient=coefficient_R.data_ptr(), prob=0, log_prob=0, flat=0, scale=0, **tile,
-        )  # fmt: skip
+        """exp(z - lse) in place of the product x: the gradient without a target, with a coefficient that cancels its slope."""
+        lse_R = self.tokens.lse_N.index_select(0, rows_R)
+        coefficient = TokenGradient(self.minus_inverse_slope_N.index_select(0, rows_R))
+        self.kernels.without_targets(rows_R).backward_tile(x_RC, None, x_RC, None, 0, begin, lse_R, coefficient)
 
     def _gradient(self, begin: int, rows_R: Tensor, p_RC: Tensor) -> Tensor:
         """Of the product, in place of p; the target's column from the log-prob, whose digits p near 1 does not have."""

@@ -3,6 +3,8 @@
 T tokens of a tile, C columns (vocabulary rows) of a tile, D hidden size.
 """
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -31,19 +33,6 @@ def kept_block(kept_KV: Tensor, column: int, column_end: int) -> Tensor:
     """The kept logits [K, C] of one vocabulary tile. They stand together: a tile is then one stretch of memory, not K far rows."""
     K = len(kept_KV)
     return kept_KV.view(-1)[K * column : K * column_end].view(K, column_end - column)
-
-
-def in_order(values_V: Tensor, transform: Transform) -> Tensor:
-    return values_V if transform.order_V is None else values_V.index_select(0, transform.order_V)
-
-
-def placed(targets_N: Tensor, transform: Transform) -> Tensor:
-    """Where the targets stand in the order of the blocks."""
-    if transform.order_V is None:
-        return targets_N
-    place_V = torch.empty_like(transform.order_V)
-    place_V[transform.order_V] = torch.arange(len(place_V))
-    return place_V.index_select(0, targets_N)
 
 
 class HiddenTiles:
@@ -93,7 +82,7 @@ class RowKernels:
         self.transform = transform
         self.size = dtype.itemsize
         self.suffix = str(dtype).removeprefix("torch.")
-        self.bias_V = None if transform.bias_V is None else in_order(transform.bias_V, transform).to(dtype).contiguous()
+        self.bias_V = None if transform.bias_V is None else transform.in_order(transform.bias_V).to(dtype).contiguous()
         inverse = transform.inverse_temperature(rows_N, dtype)
         self.inverse_N = None if isinstance(inverse, float) else inverse
         self.head = {
@@ -101,8 +90,15 @@ class RowKernels:
             "logit_scale": transform.logit_scale,
             "softcap": transform.softcap or 0.0,
         }
-        self.targets_N = placed(targets_N.index_select(0, rows_N).long(), transform)
+        self.targets_N = transform.placed(targets_N.index_select(0, rows_N))
         self.threads = torch.get_num_threads()
+
+    def without_targets(self, places: Tensor) -> "RowKernels":
+        """For some of the tokens, as if the target of each lay in another tile: the gradient is its term in p alone."""
+        part = copy(self)
+        part.targets_N = torch.full((len(places),), -1)
+        part.inverse_N = None if self.inverse_N is None else self.inverse_N.index_select(0, places)
+        return part
 
     def _tile(self, token: int, column: int, target_T: Tensor) -> dict:
         return {

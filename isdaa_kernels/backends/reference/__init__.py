@@ -6,11 +6,11 @@ N tokens, D hidden size, V vocabulary, C tokens of a chunk.
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.reference.routed import RoutedGradient, block_logsumexp, placed
+from isdaa_kernels.backends.reference.routed import RoutedGradient, block_logsumexp
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import StatsRequest, TokenGradient
-from isdaa_kernels.targets import bad_targets, raise_bad_targets, record_bad_targets, scored_rows
+from isdaa_kernels.targets import bad_targets, report_bad_targets
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
 
 _CHUNK_MIB = 32  # of logits, when no workspace is given
@@ -145,7 +145,7 @@ def backward(
 
 
 def _routed(problem, grad, hidden_ND, weight, targets_N, transform, active_N, logprob_N, lse_N, block_lse_NB):
-    routed = RoutedGradient(problem, grad, placed(targets_N, transform), active_N, logprob_N, lse_N, block_lse_NB)
+    routed = RoutedGradient(problem, grad, transform.placed(targets_N), active_N, logprob_N, lse_N, block_lse_NB)
     order = slice(None) if transform.order_V is None else transform.order_V
     for rows_C in _chunks(active_N, problem):
         z_CV, _ = _transform(_product(hidden_ND, weight, transform, rows_C), transform, rows_C)
@@ -234,11 +234,9 @@ def _minus_lse(z_CV: Tensor, lse_C1: Tensor) -> Tensor:
 
 def _bad(targets_N: Tensor, problem: Problem, ignore_index: int) -> Tensor:
     """bool [N], all False on the CPU, which raises at once; on a device those tokens become NaN and `check` tells of the targets."""
+    report_bad_targets(targets_N, problem.V, ignore_index, problem.N)
     bad_N = bad_targets(targets_N, problem.V, ignore_index)
     if targets_N.device.type == "cpu":
-        raise_bad_targets(targets_N, problem.V, ignore_index)
-        scored_rows(targets_N, ignore_index, problem.N)
         return bad_N
-    record_bad_targets(bad_N, targets_N)
     scored_N = targets_N != ignore_index
     return bad_N | (scored_N & (scored_N.cumsum(0) > problem.N))

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isdaa_kernels.dispatch import Problem
-from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.routing import Routed, choose_routes
 from isdaa_kernels.stats import TokenGradient
 
@@ -72,14 +71,3 @@ class RoutedGradient:
 
     def _spread(self, values_CB: Tensor) -> Tensor:
         return values_CB.repeat_interleave(self.routed.block, dim=1)[:, : self.V]
-
-
-def placed(targets_N: Tensor, transform: Transform) -> Tensor:
-    """Where the targets stand in the order of the blocks; those that are no vocabulary row stay what they are."""
-    targets_N = targets_N.long()
-    if transform.order_V is None:
-        return targets_N
-    place_V = torch.empty_like(transform.order_V)
-    place_V[transform.order_V] = torch.arange(len(place_V), device=place_V.device)
-    known_N = (targets_N >= 0) & (targets_N < len(place_V))
-    return torch.where(known_N, place_V.index_select(0, targets_N.clamp(0, len(place_V) - 1)), targets_N)

@@ -76,7 +76,6 @@ class _Sweep:
         self.T = self.plan.token_tile
         self.upstream = Upstream(grad, live, head, logprob_N, lse_N, self.dtype)
         self.order = None
-        self.slab = None
 
     def run(self, need_hidden: bool, need_weight: bool, need_bias: bool, tokens_outside: bool = False):
         if (need_weight or need_bias) and self.order is None:
@@ -149,7 +148,9 @@ class Slab:
         self.targets_T = sweep.targets_N.index_select(0, rows_T)
         self.tokens = sweep.upstream.tokens(first, sweep.T, rows_T)
         self.hidden_TD = hidden.load(first, self.tokens[7] if sweep.upstream.scales_hidden else None)
-        self.live_T = (torch.arange(first, first + sweep.T, device=rows_T.device) < live.count).to(torch.uint8)
+        self.live_T = None  # the fused kernel counts for itself
+        if not sweep.fused:
+            self.live_T = (torch.arange(first, first + sweep.T, device=rows_T.device) < live.count).to(torch.uint8)
         self.is_first, self.is_last = first == 0, first + sweep.T >= live.capacity
 
 

@@ -29,12 +29,12 @@ from isdaa_kernels.backends.triton.slabs import (
     on,
     padded_rows,
     programs,
-    report_bad_targets,
 )
 from isdaa_kernels.backends.triton.top_k import NAMES, TopK, add_products, library_logits
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import StatsRequest
+from isdaa_kernels.targets import report_bad_targets
 
 
 def forward(
@@ -47,7 +47,7 @@ def forward(
     stats: StatsRequest,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     make_plan(problem)  # a workspace that is too small raises here, not in the backward
-    report_bad_targets(targets_N, problem, ignore_index)
+    report_bad_targets(targets_N, problem.V, ignore_index, problem.N)
     scored_N = targets_N != ignore_index
     live = LiveTokens(scored_N, problem.N)
     logprob_N, stats_SN, lse_N = outputs(scored_N, stats)

@@ -17,19 +17,19 @@ from isdaa_kernels.backends.triton.slabs import (
     clean_targets,
     on,
     padded_rows,
-    report_bad_targets,
 )
 from isdaa_kernels.backends.triton.top_k import COLUMNS, NAMES, ROWS, TopK
 from isdaa_kernels.backends.triton.upstream import Upstream
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import StatsRequest, TokenGradient
+from isdaa_kernels.targets import report_bad_targets
 
 
 def forward_logits(
     problem: Problem, logits_NV: Tensor, targets_N: Tensor, transform: Transform, ignore_index: int, stats: StatsRequest
 ) -> tuple[Tensor, Tensor, Tensor]:
-    report_bad_targets(targets_N, problem, ignore_index)
+    report_bad_targets(targets_N, problem.V, ignore_index, problem.N)
     scored_N = targets_N != ignore_index
     live = LiveTokens(scored_N, problem.N)
     logprob_N, stats_SN, lse_N = outputs(scored_N, stats)

@@ -16,7 +16,6 @@ from isdaa_kernels.backends.triton.plan import arch_of
 from isdaa_kernels.backends.triton.tile_config import TileConfig, choose_tile_config
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
-from isdaa_kernels.targets import bad_targets, raise_bad_targets, record_bad_targets, scored_rows
 
 _GATHER_ROWS, _GATHER_COLUMNS = 16, 256  # of a program
 OPTIONS = {"enable_fp_fusion": True}  # said outright: versions of Triton differ in their default
@@ -53,15 +52,6 @@ class LiveTokens:
             return others_N
         found_N = values_M.index_select(0, self.slot_N.clamp(max=self.capacity - 1))
         return torch.where(self.slot_N < self.capacity, found_N, others_N)
-
-
-def report_bad_targets(targets_N: Tensor, problem: Problem, ignore_index: int) -> None:
-    """A device keeps the first bad target in a word, without a sync; on the CPU, where the kernels are interpreted, it raises."""
-    if targets_N.device.type == "cpu":
-        raise_bad_targets(targets_N, problem.V, ignore_index)
-        scored_rows(targets_N, ignore_index, problem.N)
-    else:
-        record_bad_targets(bad_targets(targets_N, problem.V, ignore_index), targets_N)
 
 
 def clean_targets(targets_N: Tensor, V: int) -> Tensor:
