@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/linear_logprob_cpu.h"
+#include "cpu/routed_cpu.h"
 
 namespace py = pybind11;
 
@@ -53,6 +54,64 @@ void backward_tile(uintptr_t logits, uintptr_t row_index, int64_t logits_stride,
 }
 
 template <typename T>
+RoutedTokens<T> routed_tokens(uintptr_t block_lse, int64_t block_lse_stride, uintptr_t row, uintptr_t position, uintptr_t lse,
+                              uintptr_t coefficient, uintptr_t slope, uintptr_t target, int64_t tokens, int64_t block) {
+  return {address<const T>(block_lse), block_lse_stride, address<const int64_t>(row), address<const int64_t>(position), address<const double>(lse),
+          address<const T>(coefficient), address<const T>(slope), address<const int64_t>(target), tokens, block};
+}
+
+template <typename T>
+void bind_route_blocks(const RoutedTokens<T>& token, double limit, double row_share, int64_t blocks, uintptr_t route, uintptr_t rest,
+                       uintptr_t weight_count, uintptr_t hidden_count, int threads) {
+  route_blocks<T>({token, (T)limit, row_share, blocks, address<uint8_t>(route), address<T>(rest), address<int64_t>(weight_count),
+                   address<int64_t>(hidden_count), threads});
+}
+
+void bind_list_tokens(uintptr_t route, int64_t tokens, int64_t hidden_count, uintptr_t listed) {
+  list_tokens(address<const uint8_t>(route), tokens, hidden_count, address<int64_t>(listed));
+}
+
+template <typename T>
+void bind_gather_rows(const RoutedTokens<T>& token, uintptr_t listed, int64_t count, uintptr_t values, int64_t stride, int64_t width,
+                      uintptr_t out, int threads) {
+  gather_rows<T>(token, address<const int64_t>(listed), count, address<const T>(values), stride, width, address<T>(out), threads);
+}
+
+template <typename T>
+void bind_routed_tile(const RoutedTokens<T>& token, uintptr_t listed, int64_t count, int64_t to_hidden, int64_t columns, int64_t b,
+                      uintptr_t product, uintptr_t entry, uintptr_t rest, uintptr_t sums, uintptr_t bias,
+                      uintptr_t inverse_temperature, double constant_inverse_temperature, double logit_scale, double softcap,
+                      int threads) {
+  routed_tile<T>({token, head<T>(bias, inverse_temperature, constant_inverse_temperature, logit_scale, softcap),
+                  address<const int64_t>(listed), count, to_hidden, columns, b, address<T>(product), address<const T>(entry),
+                  address<T>(rest), address<T>(sums), threads});
+}
+
+template <typename T>
+void bind_add_rows(const RoutedTokens<T>& token, uintptr_t listed, int64_t count, uintptr_t values, int64_t width, uintptr_t out,
+                   int threads) {
+  add_rows<T>(token, address<const int64_t>(listed), count, address<const T>(values), width, address<T>(out), threads);
+}
+
+template <typename T>
+void define_routed(py::module_& m, const std::string& suffix) {
+  const auto free = py::call_guard<py::gil_scoped_release>();
+  py::class_<RoutedTokens<T>>(m, ("RoutedTokens_" + suffix).c_str())
+      .def(py::init(&routed_tokens<T>), py::arg("block_lse"), py::arg("block_lse_stride"), py::arg("row"), py::arg("position"), py::arg("lse"),
+           py::arg("coefficient"), py::arg("slope"), py::arg("target"), py::arg("tokens"), py::arg("block"));
+  m.def(("route_blocks_" + suffix).c_str(), &bind_route_blocks<T>, free, py::arg("token"), py::arg("limit"), py::arg("row_share"),
+        py::arg("blocks"), py::arg("route"), py::arg("rest"), py::arg("weight_count"), py::arg("hidden_count"), py::arg("threads"));
+  m.def(("gather_rows_" + suffix).c_str(), &bind_gather_rows<T>, free, py::arg("token"), py::arg("listed"), py::arg("count"),
+        py::arg("values"), py::arg("stride"), py::arg("width"), py::arg("out"), py::arg("threads"));
+  m.def(("routed_tile_" + suffix).c_str(), &bind_routed_tile<T>, free, py::arg("token"), py::arg("listed"), py::arg("count"),
+        py::arg("to_hidden"), py::arg("columns"), py::arg("b"), py::arg("product"), py::arg("entry"), py::arg("rest"),
+        py::arg("sums"), py::arg("bias"), py::arg("inverse_temperature"), py::arg("constant_inverse_temperature"),
+        py::arg("logit_scale"), py::arg("softcap"), py::arg("threads"));
+  m.def(("add_rows_" + suffix).c_str(), &bind_add_rows<T>, free, py::arg("token"), py::arg("listed"), py::arg("count"),
+        py::arg("values"), py::arg("width"), py::arg("out"), py::arg("threads"));
+}
+
+template <typename T>
 void define(py::module_& m, const std::string& suffix) {
   const auto free = py::call_guard<py::gil_scoped_release>();
   m.def(("forward_tile_" + suffix).c_str(), &forward_tile<T>, free, py::arg("logits"), py::arg("row_index"),
@@ -76,6 +135,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Row kernels of the CPU backend, over tiles of logits in memory that the caller owns.";
   isdaa::define<float>(m, "float32");
   isdaa::define<double>(m, "float64");
+  isdaa::define_routed<float>(m, "float32");
+  isdaa::define_routed<double>(m, "float64");
+  m.def("list_tokens", &isdaa::bind_list_tokens, py::arg("route"), py::arg("tokens"), py::arg("hidden_count"), py::arg("listed"));
   m.def("instruction_set", &isdaa::instruction_set, "The instruction set in use: avx512, avx2 or baseline.");
   m.def(
       "use_instruction_set",

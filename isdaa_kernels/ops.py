@@ -56,7 +56,7 @@ def linear_logprob_forward(
     routed: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob [N], stats [S, N], lse fp64 [N], kept [K, V]). `keep`: which of hidden, weight will need a gradient; none keeps nothing.
-    Routed (`Routed.pack`), `kept` is the log-sum-exps of the blocks [N, B]."""
+    Routed (`Routed.pack`), `kept` is the log-sum-exps of the blocks [B, N]."""
     problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed)
     transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature, order)
     request = StatsRequest(_names(stats), top_k)
@@ -72,7 +72,7 @@ def _(hidden, weight, targets, bias, temperature, constant_temperature, logit_sc
     problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed)
     dtype, N, kept = problem.compute_dtype, hidden.shape[0], (0, weight.shape[0])
     if problem.routed is not None:
-        kept = (N, problem.routed.blocks(weight.shape[0]))
+        kept = (problem.routed.blocks(weight.shape[0]), N)
     elif any(keep) and max_workspace_mb is not None:
         kept = (select_backend(problem, backend).make_plan(problem).kept_tokens, weight.shape[0])
     return (

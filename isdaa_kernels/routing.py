@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCKS = (32, 64, 128, 256)
-_BISECTIONS = 20
+BISECTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,24 @@ class Routed:
 
         where |a[n]| mass[n, b] > tolerance * scale,  scale = mean |a| over the tokens with a finite coefficient other than 0
         where b holds the target
-        where n is among the tokens that carry the first `row_share` of the block's sum over n of |a[n]| mass[n, b]
+        where n is among the tokens that carry the first `row_share` of the block's sum over n of |a[n]| mass[n, b]; the gradients of
+        weight and bias alone need these, so that of hidden leaves them out
 
-    Elsewhere p[n, j] is replaced by mass[n, b] q[b, j], q[b] being the mean conditional distribution of the block over the tokens that
-    are routed to it (uniform where none is). The sum over j stays what it was, so every row of the gradient of the logits still sums
-    to what the exact one does.
+    Elsewhere p[n, j] is replaced by mass[n, b] q[b, j], q[b] being the mean over the tokens that are routed to the block of their
+    distribution within it, p[n, j] / mass[n, b] (uniform where none is routed). The sum over j stays what it was, so every row of the
+    gradient of the logits still sums to what the exact one does.
 
     What it costs: |p - mass q| summed over a block is at most 2 mass, so the L1 error of token n is at most 2 |a[n]| times its mass that
     is not routed, and at most 2 tolerance * scale in every block: no single (token, block) that is left out is larger than that share
-    of an average token's whole gradient. Tolerance 0 is exact.
+    of an average token's whole gradient. Tolerance 0 is exact. Where the probability is so flat that most pairs are routed, a backend may
+    make the exact gradient instead, if that takes less time.
 
     tolerance: 0 or more. scale: a number in place of the mean, so that micro-batches of one step are routed alike. block: 32, 64, 128 or
     256. row_share: 0 to 1; keeps the direction of rarely used vocabulary rows honest, which Adam normalises row by row.
     Coefficients 2^48 times smaller than the largest count as 0. Raises ValueError for values outside these ranges.
     """
 
-    tolerance: float = 7e-4
+    tolerance: float = 6e-4
     scale: float | None = None
     block: int = 128
     row_share: float = 0.9
@@ -71,10 +73,12 @@ class Routed:
 
 @dataclass(frozen=True)
 class Routes:
-    """Which blocks a token is routed to, and the mass that is not recomputed."""
+    """Which blocks each token is routed to in the gradient of hidden, and in that of weight and bias: the same and those of the block's
+    own rule."""
 
-    active_BN: Tensor  # bool
-    rest_BN: Tensor  # mass where not active, else 0
+    mass_BN: Tensor
+    hidden_BN: Tensor  # bool
+    weight_BN: Tensor  # bool
 
 
 def choose_routes(
@@ -84,15 +88,16 @@ def choose_routes(
     mass_BN = (block_lse_NB.double() - lse_N[:, None]).exp_().to(coefficient_N.dtype).T.contiguous()
     size_N = coefficient_N.abs()
     weighted_BN = mass_BN * size_N
-    limit = routed.tolerance * (_mean_size(size_N) if routed.scale is None else routed.scale)
-    active_BN = weighted_BN > limit
+    limit = routed.tolerance * (mean_size(size_N) if routed.scale is None else routed.scale)
+    hidden_BN = (weighted_BN > limit).scatter_(0, target_block_N[None], True)
+    weight_BN = hidden_BN
     if routed.row_share > 0 and len(size_N):
-        active_BN |= weighted_BN > _row_threshold(weighted_BN, routed.row_share)
-    active_BN.scatter_(0, target_block_N[None], True)
-    return Routes(active_BN, mass_BN.masked_fill_(active_BN, 0))
+        weight_BN = hidden_BN | (weighted_BN > _row_threshold(weighted_BN, routed.row_share))
+    return Routes(mass_BN, hidden_BN, weight_BN)
 
 
-def _mean_size(size_N: Tensor) -> Tensor:
+def mean_size(size_N: Tensor) -> Tensor:
+    """Of the coefficients' sizes, over the tokens where it is not 0."""
     counted_N = size_N > 0
     return (size_N.double().sum() / counted_N.sum().clamp_min(1)).to(size_N.dtype)
 
@@ -101,7 +106,7 @@ def _row_threshold(weighted_BN: Tensor, share: float) -> Tensor:
     """[B, 1]: the largest of a bisection's numbers above which at least `share` of each row's sum lies."""
     wanted_B1 = share * weighted_BN.sum(1, keepdim=True, dtype=torch.float64)
     low_B1, high_B1 = torch.zeros_like(weighted_BN[:, :1]), weighted_BN.amax(1, keepdim=True)
-    for _ in range(_BISECTIONS):
+    for _ in range(BISECTIONS):
         middle_B1 = (low_B1 + high_B1) / 2
         above_B1 = torch.where(weighted_BN > middle_B1, weighted_BN, 0).sum(1, keepdim=True, dtype=torch.float64)
         enough_B1 = above_B1 >= wanted_B1

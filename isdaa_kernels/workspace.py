@@ -3,6 +3,7 @@
 N scored tokens, D hidden size, V vocabulary. A unit is one product of 2 N V D flop.
 """
 
+import math
 from dataclasses import dataclass
 
 MIB = 1 << 20
@@ -30,9 +31,8 @@ class Plan:
 
 
 def refuse_budget(max_workspace_mb: float, needed: int) -> ValueError:
-    return ValueError(
-        f"max_workspace_mb: expected at least {needed / MIB:.1f} for this problem, got {max_workspace_mb}"
-    )
+    least = math.ceil(10 * needed / MIB) / 10
+    return ValueError(f"max_workspace_mb: expected at least {least:.1f} for this problem, got {max_workspace_mb}")
 
 
 def check_workspace(max_workspace_mb: float | None) -> None:

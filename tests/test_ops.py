@@ -76,7 +76,7 @@ def test_opcheck_of_routed_gradients(backend):
         leaf.requires_grad_()
     args = _forward_args(sample, backend, softcap=None, order=torch.randperm(300), routed=Routed().pack())
     torch.library.opcheck(ops.linear_logprob_forward, args)
-    assert ops.linear_logprob_forward(*args)[3].shape == (50, 3)
+    assert ops.linear_logprob_forward(*args)[3].shape == (3, 50)
 
 
 def test_opcheck_of_segments():

@@ -1,5 +1,6 @@
 """The routed backward: its rules, its bound on adversarial distributions, the CPU's against the definition, where it is exact."""
 
+import re
 from copy import copy
 
 import pytest
@@ -14,6 +15,7 @@ from isdaa_kernels import (
     make_vocab_order,
     sequence_logprob,
 )
+from isdaa_kernels.backends.cpu import routed as cpu_routed
 from isdaa_kernels.routing import choose_routes
 from isdaa_kernels.testing import FlopCounter, dense_logprob, make_sample, poisoned_empty, relative_error
 
@@ -24,6 +26,12 @@ BACKENDS = ["cpu", "reference"]
 def _poison():
     with poisoned_empty():
         yield
+
+
+@pytest.fixture
+def always_routed(monkeypatch):
+    """The CPU routes however flat the probability is."""
+    monkeypatch.setattr(cpu_routed, "FLAT_SHARE", 1.0)
 
 
 def ours(sample, gradient, **options):
@@ -45,6 +53,7 @@ def sharp(N=60, D=16, V=2777, dtype=torch.float32, **options):
 @pytest.mark.parametrize("head", [{}, {"logit_scale": -0.5, "temperature": 0.7}])
 @pytest.mark.parametrize("block", [32, 128])
 @pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.usefixtures("always_routed")
 def test_the_cpu_makes_what_the_definition_says(dtype, head, block, ordered):
     sample = sharp(dtype=dtype, bias=True, ignored=0.3)
     options = {**head, "vocab_order": some_order(2777) if ordered else None}
@@ -71,11 +80,11 @@ def test_tolerance_0_is_exact(backend, temperature):
             assert relative_error(a, b) < 1e-12
 
 
-def logit_gradient(z, targets, upstream, gradient):
-    """Gradient of the final logits themselves: an identity for a head makes hidden the logits."""
-    leaf = z.clone().requires_grad_()
-    identity = torch.eye(z.shape[1], dtype=z.dtype)
-    linear_logprob(leaf, identity, targets, gradient=gradient, backend="reference").backward(upstream)
+def logit_gradient(z, targets, upstream, gradient, of="hidden"):
+    """Gradient of the final logits themselves: an identity for a head makes hidden the logits, one for hidden makes weight theirs."""
+    leaf, identity = z.clone().requires_grad_(), torch.eye(z.shape[1 if of == "hidden" else 0], dtype=z.dtype)
+    hidden, weight = (leaf, identity) if of == "hidden" else (identity, leaf.T)
+    linear_logprob(hidden, weight, targets, gradient=gradient, backend="reference").backward(upstream)
     return leaf.grad
 
 
@@ -97,9 +106,10 @@ def distributions(V: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("of", ["hidden", "weight"])
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-2, 1.0, 1e6])
 @pytest.mark.parametrize("name", list(distributions(300)))
-def test_the_bound_holds(name, tolerance):
+def test_the_bound_holds(name, tolerance, of):
     """L1 error of each token's logit gradient: at most 2 |a| times its mass that is not routed, and 2 tolerance * scale a block."""
     V, N, block = 300, 24, 32
     random = torch.Generator().manual_seed(0)
@@ -107,19 +117,18 @@ def test_the_bound_holds(name, tolerance):
     targets = torch.randint(V, (N,), generator=random)  # most of them in blocks without probability
     upstream = torch.randn(N, generator=random, dtype=torch.float64)
     routed = Routed(tolerance, block=block, row_share=0.5)
-    exact = logit_gradient(z, targets, upstream, "exact")
-    error_N = (logit_gradient(z, targets, upstream, routed) - exact).abs().sum(1)
+    gradient = logit_gradient(z, targets, upstream, routed, of)
+    error_N = (gradient - logit_gradient(z, targets, upstream, "exact", of)).abs().sum(1)
     lse = z.logsumexp(1)
     padded = torch.nn.functional.pad(z, (0, -V % block), value=float("-inf"))
     block_lse = padded.view(N, -1, block).logsumexp(-1)
     routes = choose_routes(block_lse, lse, -upstream, targets // block, routed)
-    rest_N = routes.rest_BN.sum(0)
+    active_BN = routes.hidden_BN if of == "hidden" else routes.weight_BN
+    rest_N = routes.mass_BN.masked_fill(active_BN, 0).sum(0)
     assert (error_N <= 2 * upstream.abs() * rest_N + 1e-12).all()
-    blocks_left_out = (~routes.active_BN).sum(0)
-    assert (error_N <= 2 * tolerance * upstream.abs().mean() * blocks_left_out + 1e-12).all()
+    assert (error_N <= 2 * tolerance * upstream.abs().mean() * (~active_BN).sum(0) + 1e-12).all()
     # The rows of the gradient of the logits still sum to 0.
-    sums = logit_gradient(z, targets, upstream, routed).sum(1)
-    assert (sums.abs() < 1e-12 * upstream.abs().max() * V).all()
+    assert (gradient.sum(1).abs() < 1e-12 * upstream.abs().max() * V).all()
 
 
 def test_the_routes_by_hand():
@@ -130,15 +139,34 @@ def test_the_routes_by_hand():
     )
     # The mean |a| is 2: token 0 goes where its mass is above 0.2, token 1 where 3 * mass is.
     routes = choose(tolerance=0.1, row_share=0.0)
-    assert routes.active_BN.T.tolist() == [[True, False, True], [True, True, True]]
-    assert routes.rest_BN.T.tolist() == [[0, pytest.approx(0.09), 0], [0, 0, 0]]
-    assert choose(tolerance=0.1, scale=20.0, row_share=0.0).active_BN.T.tolist() == [
-        [False, False, True],
-        [True, False, False],
+    assert routes.hidden_BN.T.tolist() == [[True, False, True], [True, True, True]]
+    assert torch.equal(routes.weight_BN, routes.hidden_BN)
+    assert torch.allclose(routes.mass_BN.T, mass)
+    fewer = choose(tolerance=0.1, scale=20.0, row_share=0.0)
+    assert fewer.hidden_BN.T.tolist() == [[False, False, True], [True, False, False]]
+    # 70 % of block 1's sum 0.09 + 0.6 is token 1's; all of it needs both. The gradient of hidden needs neither.
+    assert choose(tolerance=10.0, row_share=0.7).weight_BN[1].tolist() == [False, True]
+    assert choose(tolerance=10.0, row_share=1.0).weight_BN.all()
+    assert not choose(tolerance=10.0, row_share=1.0).hidden_BN[1].any()
+
+
+@pytest.mark.usefixtures("always_routed")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_mean_of_a_block_is_that_of_its_tokens_distributions(backend):
+    """Each routed token counts the same, however much probability it has there. By hand, one block left out for one token."""
+    z = torch.tensor([[9.0, 8.0, 0.0, 1.0], [9.0, 8.0, 3.0, 0.0], [20.0, 8.0, 0.0, 0.0]], dtype=torch.float64)
+    z = torch.cat([z, torch.full((3, 60), -50.0, dtype=torch.float64)], 1)[
+        :, torch.tensor([0, 1, *range(4, 34), 2, 3, *range(34, 64)])
     ]
-    # 70 % of block 1's sum 0.09 + 0.6 is token 1's; all of it needs both.
-    assert choose(tolerance=10.0, row_share=0.7).active_BN[1].tolist() == [False, True]
-    assert choose(tolerance=10.0, row_share=1.0).active_BN.all()
+    targets, upstream = torch.tensor([32, 33, 0]), torch.ones(3, dtype=torch.float64)
+    # Block 1 holds the targets of tokens 0 and 1; token 2 (mass 4e-9) is routed nowhere else than to block 0.
+    identity = torch.eye(3, dtype=torch.float64)
+    weight = z.T.clone().requires_grad_()
+    gradient = Routed(1e-3, block=32, row_share=0.0)
+    linear_logprob(identity, weight, targets, gradient=gradient, backend=backend).backward(upstream)
+    within = (z[:2, 32:] - z[:2, 32:].logsumexp(1, keepdim=True)).exp()
+    mass = (z[2, 32:].logsumexp(0) - z[2].logsumexp(0)).exp()
+    assert relative_error(weight.grad[32:, 2], -mass * within.mean(0)) < 1e-12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -294,6 +322,31 @@ def test_sharp_states_cost_few_products():
     with FlopCounter() as exact:
         ours(sample, "exact")
     assert exact.flop / unit == 4.0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_flat_probabilities_get_the_exact_gradient(bias):
+    """On the CPU, from as many products; the definition stays routed."""
+    sample = make_sample(40, 16, 2777, sharpness=0.01, bias=bias)
+    with FlopCounter() as counter:
+        found = ours(sample, Routed(1e-6), vocab_order=some_order(2777))
+    with FlopCounter() as exact:
+        expected = ours(sample, "exact")
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        assert relative_error(a, b) < 1e-6
+    assert counter.flop == exact.flop
+
+
+@pytest.mark.usefixtures("always_routed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_smallest_workspace_with_everything_routed_is_exact(dtype):
+    sample = make_sample(400, 16, 2777, dtype, bias=True, ignored=0.1)
+    with pytest.raises(ValueError, match="max_workspace_mb: expected at least") as refusal:
+        ours(sample, Routed(0.0), max_workspace_mb=0.01)
+    least = float(re.search(r"at least ([0-9.]+)", str(refusal.value))[1])
+    found = ours(sample, Routed(0.0), max_workspace_mb=least, vocab_order=some_order(2777))
+    for a, b in zip(found, ours(sample, "exact"), strict=True):
+        assert relative_error(a, b) < (3e-3 if dtype == torch.bfloat16 else 2e-6)
 
 
 def test_an_order_gathers_rows_that_move_together(tmp_path):

@@ -35,6 +35,8 @@ constexpr int64_t kWorthThreads = 1 << 14;  // elements; below, waking a thread 
 
 }  // namespace
 
+const RowTable& chosen_row_table() { return *chosen; }
+
 const char* instruction_set() { return chosen->name; }
 
 bool use_instruction_set(const char* name) {

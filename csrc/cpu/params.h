@@ -43,7 +43,7 @@ struct FoldTile {
   T* kept;                 // [N, V] a copy of the product, or null
   int64_t kept_stride;
   FoldStats<T> stats;
-  T* block_lse;              // [N, V / block] log-sum-exp of each block of columns, or null; then no sums of `stats` are taken
+  T* block_lse;              // [V / block, N] log-sum-exp of each block of columns, or null; then no sums of `stats` are taken
   int64_t block_lse_stride;
   int64_t block;             // divides where a tile begins
   int threads;
@@ -70,6 +70,55 @@ struct GradientTile {
   const T* scale;              // [N], or null: 1 (the caller multiplies its sums)
 
   bool statistics() const { return prob || log_prob || flat; }
+  int threads;
+};
+
+// Numbers of the tokens of a routed backward. N tokens, B blocks of vocabulary.
+template <typename T>
+struct RoutedTokens {
+  const T* block_lse;       // [B, .]: token n stands in column position[n]
+  int64_t block_lse_stride;
+  const int64_t* row;       // [N] row of hidden
+  const int64_t* position;  // [N]
+  const double* lse;        // [N]
+  const T* coefficient;     // [N] of p in the gradient of z
+  const T* slope;           // [N] dz / d(product)
+  const int64_t* target;    // [N] place of the target in the order of the blocks
+  int64_t tokens, block;
+
+  T lse_of_block(int64_t b, int64_t n) const { return block_lse[b * block_lse_stride + position[n]]; }
+  // 0 for a block without probability, so that exp(z - it) is 0 there, not exp(-inf + inf)
+  T finite_block_lse(int64_t b, int64_t n) const { return lse_of_block(b, n) == -__builtin_inf() ? T(0) : lse_of_block(b, n); }
+  T mass(int64_t b, int64_t n) const { return (T)__builtin_exp((double)lse_of_block(b, n) - lse[n]); }
+};
+
+enum Route : uint8_t { kNowhere = 0, kWeight = 1, kWeightAndHidden = 2 };
+
+// The rules of isdaa_kernels.routing.
+template <typename T>
+struct RouteBlocks {
+  RoutedTokens<T> token;
+  T limit;           // tolerance * scale
+  double row_share;
+  int64_t blocks;
+  uint8_t* route;    // [B, N] out
+  T* rest;           // [B, N] out: mass * coefficient * slope where the route is kNowhere, else 0
+  int64_t* weight_count;  // [B] out: tokens routed to the block
+  int64_t* hidden_count;  // [B] out: of these, tokens whose hidden state's gradient is
+  int threads;
+};
+
+// The products of T of a block's tokens with its vocabulary rows become the gradients of these products.
+template <typename T>
+struct RoutedTile {
+  RoutedTokens<T> token;
+  HeadTransform<T> head;
+  const int64_t* listed;  // [T] token of each row
+  int64_t count, to_hidden, columns, b;
+  T* product;            // [T, C] in and out
+  const T* entry;        // [N] gradient of z in the target's column
+  T* rest;               // [N] of the block: filled in for the rows from `to_hidden` on
+  T* sums;               // [threads, C] out: sums over the rows of exp(z - block_lse)
   int threads;
 };
 

@@ -7,6 +7,8 @@ constexpr double kSmallestLogProbability64 = -650.0;
 // The entropy multiplies p by its log, so there the entry itself is compared, with exp(kSmallestLogProbability), and p goes further down.
 constexpr float kSmallestEntry = 2e-22f, kSmallestLogProbabilityOfStats = -60.0f;
 
+constexpr int kBisections = 20;  // as in isdaa_kernels.routing
+
 struct Transform {
   float scale, softcap, inverse_softcap, inverse_temperature;
   bool identity;
@@ -158,8 +160,8 @@ inline void add_sums(const FoldTile<T>& p, int64_t i, const Sums& sums, T old_ma
 // Each block's log-sum-exp, and from them the tile's sum of exp(z - shift): one exponential an element serves both.
 inline double fold_blocks(const FoldTile<float>& p, int64_t i, const float* z, float shift) {
   double total = 0;
-  float* out = p.block_lse + i * p.block_lse_stride;
-  for (int64_t begin = 0; begin < p.columns; begin += p.block, ++out) {
+  float* out = p.block_lse + i;
+  for (int64_t begin = 0; begin < p.columns; begin += p.block, out += p.block_lse_stride) {
     const int64_t count = begin + p.block < p.columns ? p.block : p.columns - begin;
     Float top = broadcast(-__builtin_inff());
     for (int64_t j = 0; j < count; j += ISDAA_LANES) top = maximum(load(z + begin + j, count - j, -__builtin_inff()), top);
@@ -292,7 +294,7 @@ inline void fold_row(const FoldTile<double>& p, int64_t i) {
       double top = lowest, sum = 0;
       for (int64_t j = begin; j < end; ++j) top = z[j] > top ? z[j] : top;
       for (int64_t j = begin; j < end; ++j) sum += __builtin_exp(z[j] - (top == lowest ? 0.0 : top));
-      p.block_lse[i * p.block_lse_stride + begin / p.block] = top + (top == lowest ? 0.0 : __builtin_log(sum));
+      p.block_lse[begin / p.block * p.block_lse_stride + i] = top + (top == lowest ? 0.0 : __builtin_log(sum));
     }
   add_sums(p, i, sums, old_max, new_max);
   fold_rest(p, i, z);
@@ -311,4 +313,80 @@ inline void gradient_row(const GradientTile<double>& p, int64_t i) {
     else if (!(d < kSmallestLogProbability64)) entry += __builtin_exp(d) * (prob + log_prob * d);
     g[j] = entry * scale * slope;
   }
+}
+
+// Row i of the tile: its gradient in place of the product, exp(z - block_lse) added to `sums`.
+inline void routed_row(const RoutedTile<float>& p, int64_t i, float* sums) {
+  const int64_t n = p.listed[i];
+  float* x = p.product + i * p.columns;
+  const float mass = p.token.mass(p.b, n), factor = p.token.coefficient[n] * p.token.slope[n];
+  const float block_lse = p.token.finite_block_lse(p.b, n);
+  const float weight = mass * factor, least = mass > 0.0f ? kSmallestEntry / mass : 1.0f;
+  const Transform transform(p.head, n);
+  Float slope;
+  for (int64_t j = 0; j < p.columns; j += ISDAA_LANES) {
+    const int64_t count = p.columns - j;
+    Float z = load(x + j, count, 0.0f);
+    if (!transform.identity) z = transform(z, bias_at(p.head.bias, j, count), slope);
+    const Float within = exponential(z - block_lse, kSmallestLogProbability);
+    store(sums + j, load(sums + j, count, 0.0f) + within, count);
+    store(x + j, within < least ? Float{} : within * weight, count);
+  }
+  const int64_t target = p.token.target[n] - p.b * p.token.block;
+  if (target >= 0 && target < p.columns) x[target] = p.entry[n] * p.token.slope[n];
+  if (i >= p.to_hidden) p.rest[n] = weight;
+}
+
+inline void routed_row(const RoutedTile<double>& p, int64_t i, double* sums) {
+  const int64_t n = p.listed[i];
+  double* x = p.product + i * p.columns;
+  const double weight = p.token.mass(p.b, n) * p.token.coefficient[n] * p.token.slope[n];
+  const double block_lse = p.token.finite_block_lse(p.b, n);
+  double slope;
+  for (int64_t j = 0; j < p.columns; ++j) {
+    const double within = __builtin_exp(transform64(p.head, n, x[j], p.head.bias ? p.head.bias[j] : 0.0, slope) - block_lse);
+    sums[j] += within;
+    x[j] = within * weight;
+  }
+  const int64_t target = p.token.target[n] - p.b * p.token.block;
+  if (target >= 0 && target < p.columns) x[target] = p.entry[n] * p.token.slope[n];
+  if (i >= p.to_hidden) p.rest[n] = weight;
+}
+
+// Routes of one block: its tokens' |coefficient| * mass against the limit, the block's own threshold, and the target.
+template <typename T>
+inline void route_block(const RouteBlocks<T>& p, int64_t b, T* weighted) {
+  const RoutedTokens<T>& token = p.token;
+  uint8_t* route = p.route + b * token.tokens;
+  T* rest = p.rest + b * token.tokens;
+  T high = 0;
+  double total = 0;
+  for (int64_t n = 0; n < token.tokens; ++n) {
+    const T mass = token.mass(b, n);
+    weighted[n] = mass * __builtin_fabs(token.coefficient[n]);
+    rest[n] = mass * (token.coefficient[n] * token.slope[n]);
+    high = weighted[n] > high ? weighted[n] : high;
+    total += weighted[n];
+  }
+  T low = high;  // nothing lies above
+  if (p.row_share > 0) {
+    low = 0;
+    for (int step = 0; step < kBisections; ++step) {
+      const T middle = (low + high) / 2;
+      double above = 0;
+      for (int64_t n = 0; n < token.tokens; ++n) above += weighted[n] > middle ? weighted[n] : T(0);
+      (above >= p.row_share * total ? low : high) = middle;
+    }
+  }
+  int64_t weight_count = 0, hidden_count = 0;
+  for (int64_t n = 0; n < token.tokens; ++n) {
+    const bool hidden = weighted[n] > p.limit || token.target[n] / token.block == b;
+    const bool weight = hidden || weighted[n] > low;
+    route[n] = hidden ? kWeightAndHidden : weight ? kWeight : kNowhere;
+    if (weight) rest[n] = 0;
+    weight_count += weight;
+    hidden_count += hidden;
+  }
+  p.weight_count[b] = weight_count;
+  p.hidden_count[b] = hidden_count;
 }

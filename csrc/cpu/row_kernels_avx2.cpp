@@ -16,9 +16,13 @@ void fold_f32(const FoldTile<float>& p, int64_t row) { fold_row(p, row); }
 void fold_f64(const FoldTile<double>& p, int64_t row) { fold_row(p, row); }
 void gradient_f32(const GradientTile<float>& p, int64_t row) { gradient_row(p, row); }
 void gradient_f64(const GradientTile<double>& p, int64_t row) { gradient_row(p, row); }
+void routed_f32(const RoutedTile<float>& p, int64_t row, float* sums) { routed_row(p, row, sums); }
+void routed_f64(const RoutedTile<double>& p, int64_t row, double* sums) { routed_row(p, row, sums); }
+void route_f32(const RouteBlocks<float>& p, int64_t block, float* weighted) { route_block(p, block, weighted); }
+void route_f64(const RouteBlocks<double>& p, int64_t block, double* weighted) { route_block(p, block, weighted); }
 }  // namespace avx2
 
-const RowTable row_table_avx2 = {"avx2", avx2::fold_f32, avx2::fold_f64, avx2::gradient_f32, avx2::gradient_f64};
+const RowTable row_table_avx2 = {"avx2", avx2::fold_f32, avx2::fold_f64, avx2::gradient_f32, avx2::gradient_f64, avx2::routed_f32, avx2::routed_f64, avx2::route_f32, avx2::route_f64};
 }  // namespace isdaa
 
 #if defined(__clang__)

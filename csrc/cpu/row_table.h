@@ -10,7 +10,13 @@ struct RowTable {
   void (*fold_f64)(const FoldTile<double>&, int64_t row);
   void (*gradient_f32)(const GradientTile<float>&, int64_t row);
   void (*gradient_f64)(const GradientTile<double>&, int64_t row);
+  void (*routed_f32)(const RoutedTile<float>&, int64_t row, float* sums);
+  void (*routed_f64)(const RoutedTile<double>&, int64_t row, double* sums);
+  void (*route_f32)(const RouteBlocks<float>&, int64_t block, float* weighted);
+  void (*route_f64)(const RouteBlocks<double>&, int64_t block, double* weighted);
 };
+
+const RowTable& chosen_row_table();
 
 extern const RowTable row_table_baseline;
 #if defined(__x86_64__)

@@ -4,6 +4,7 @@ multiplied into d_hidden and d_weight.
 N tokens that carry a gradient, D hidden size, V vocabulary, T tokens and C vocabulary rows of a tile, K tokens with kept logits.
 """
 
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from isdaa_kernels.backends.cpu.plan import make_plan
 from isdaa_kernels.backends.cpu.routed import backward_routed
 from isdaa_kernels.backends.cpu.sums import BiasSum, HiddenSum, Upstream, WeightSum
-from isdaa_kernels.backends.cpu.tiles import FORWARD_TOKENS, HiddenTiles, RowKernels, WeightTiles, kept_block, spans
+from isdaa_kernels.backends.cpu.tiles import LEAST_HEIGHT, HiddenTiles, RowKernels, WeightTiles, kept_block, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import TokenGradient
@@ -33,19 +34,13 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if problem.routed is not None:
-        return backward_routed(
-            problem,
-            grad,
-            hidden_ND,
-            weight_VD,
-            targets_N,
-            transform,
-            ignore_index,
-            logprob_N,
-            lse_N,
-            kept_KV,
-            need_bias,
-        )
+        found = backward_routed(
+            problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, logprob_N, lse_N, kept_KV, need_bias
+        )  # fmt: skip
+        if found is not None:
+            return found
+        kept_KV = kept_KV.new_empty(0, problem.V)  # what was kept are the blocks' log-sum-exps
+        problem, transform = replace(problem, routed=None, keep_logits=False), replace(transform, order_V=None)
     sweep = _Sweep(problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV)
     if not sweep.plan.split:
         return sweep.run(problem.need_hidden, problem.need_weight, need_bias)
@@ -88,7 +83,7 @@ class _Sweep:
         tile, C = self.plan.token_tile, self.plan.vocab_tile
         hidden = HiddenTiles(self.hidden_ND, self.rows, tile, self.dtype)
         weight = WeightTiles(self.weight_VD, C, self.dtype)
-        buffer = torch.empty(max(tile, FORWARD_TOKENS) * C, dtype=self.dtype)
+        buffer = torch.empty(max(tile, LEAST_HEIGHT) * C, dtype=self.dtype)
         tokens, columns = self._token_spans(), spans(self.V, C)
         pairs = product(tokens, columns) if tokens_outside else ((t, c) for c, t in product(columns, tokens))
         for token, column in pairs:

@@ -6,9 +6,9 @@ N tokens, D hidden size, V vocabulary, T tokens and C vocabulary rows of a tile,
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.plan import make_plan
+from isdaa_kernels.backends.cpu.plan import forward_spans, make_plan
 from isdaa_kernels.backends.cpu.tiles import (
-    FORWARD_TOKENS,
+    LEAST_HEIGHT,
     HiddenTiles,
     RowKernels,
     State,
@@ -36,23 +36,26 @@ def forward(
     dtype, plan = problem.compute_dtype, make_plan(problem)
     rows = scored_rows(targets_N, ignore_index, problem.N)
     kept_KV = torch.empty(plan.kept_tokens, problem.V, dtype=dtype)
-    block_lse_NB, block = None, 0
+    block_lse_BN, block = None, 0
     if problem.routed is not None:
         block = problem.routed.block
-        block_lse_NB = torch.zeros(len(targets_N), problem.routed.blocks(problem.V), dtype=dtype)
-    hidden = HiddenTiles(hidden_ND, rows, FORWARD_TOKENS, dtype)
+        block_lse_BN = torch.zeros(problem.routed.blocks(problem.V), len(targets_N), dtype=dtype)
+    tokens = forward_spans(len(rows), plan, dtype)
+    tallest = max((stop - start for start, stop in tokens), default=0)
+    hidden = HiddenTiles(hidden_ND, rows, tallest, dtype)
     weight = WeightTiles(weight_VD, plan.vocab_tile, dtype, transform.order_V)
     kernels = RowKernels(transform, rows, targets_N, dtype)
     state = State(len(rows), problem.V, dtype, stats)
-    buffer = torch.empty(FORWARD_TOKENS * plan.vocab_tile, dtype=dtype)
+    buffer = torch.empty(max(tallest, LEAST_HEIGHT) * plan.vocab_tile, dtype=dtype)
     for column, column_end in spans(problem.V, plan.vocab_tile):
         weight_CD = weight.load(column, column_end)
-        logits_TC = buffer[: FORWARD_TOKENS * len(weight_CD)].view(FORWARD_TOKENS, len(weight_CD))
         kept_KC = kept_block(kept_KV, column, column_end)
-        for token, token_end in spans(len(rows), FORWARD_TOKENS):
-            torch.mm(hidden.load(token, token_end), weight_CD.T, out=logits_TC)
+        for token, token_end in tokens:
+            hidden_TD = hidden.load(token, token_end)
+            logits_TC = buffer[: len(hidden_TD) * len(weight_CD)].view(len(hidden_TD), len(weight_CD))
+            torch.mm(hidden_TD, weight_CD.T, out=logits_TC)
             kept_TC = kept_KC[token:token_end] if token_end <= len(kept_KC) else None
             tile_TC = logits_TC[: token_end - token]
-            blocks = None if block_lse_NB is None else block_lse_NB[token:token_end, column // block :]
+            blocks = None if block_lse_BN is None else block_lse_BN[column // block :, token:token_end]
             kernels.forward_tile(tile_TC, None, tile_TC, token, column, state, kept_TC, blocks, block)
-    return *finish(state, rows, len(targets_N), dtype), kept_KV if block_lse_NB is None else block_lse_NB
+    return *finish(state, rows, len(targets_N), dtype), kept_KV if block_lse_BN is None else block_lse_BN

@@ -1,24 +1,28 @@
 """Routed backward of the CPU backend: for each block of vocabulary, the tokens routed to it, as three small products; the rest of the
 probability enters through two products of the width of the number of blocks. Rules and bound: `isdaa_kernels.routing`.
 
-N tokens that carry a finite gradient, D hidden size, V vocabulary, B blocks, R tokens routed to a block, C vocabulary rows of it.
+N tokens that carry a finite gradient, D hidden size, V vocabulary, B blocks, C vocabulary rows of a block, T tokens of a piece of those
+that are routed to it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from isdaa_kernels.backends.cpu.plan import make_plan
+from isdaa_kernels.backends.cpu.routed_kernels import RoutedKernels
 from isdaa_kernels.backends.cpu.sums import Upstream
-from isdaa_kernels.backends.cpu.tiles import RowKernels, WeightTiles
+from isdaa_kernels.backends.cpu.tiles import WeightTiles, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
-from isdaa_kernels.routing import choose_routes
 from isdaa_kernels.stats import TokenGradient
 from isdaa_kernels.targets import scored_rows
 
 # Libraries take another path for fewer rows, and a product of a few rows costs as much.
 LEAST_ROWS = 32
+# Of all (token, block) pairs: with more of them routed, the exact gradient takes no longer than gathering does.
+FLAT_SHARE = 0.7
 
 
 def backward_routed(
@@ -31,13 +35,17 @@ def backward_routed(
     ignore_index: int,
     logprob_N: Tensor,
     lse_N: Tensor,
-    block_lse: Tensor,
+    block_lse_BN: Tensor,
     need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+    """None where the probability is so flat that the exact gradient is cheaper."""
     scored = scored_rows(targets_N, ignore_index, problem.N)
     tokens = _tokens(problem, grad, targets_N, transform, scored, logprob_N, lse_N)
-    block_lse_NB = block_lse[: len(scored)].index_select(0, tokens.position_N)
-    walk = _Walk(problem, hidden_ND, weight_VD, targets_N, transform, tokens, block_lse_NB, need_bias)
+    kernels = RoutedKernels(tokens, transform, targets_N, block_lse_BN, problem.routed, problem.compute_dtype)
+    routes = kernels.choose_routes(problem.routed)
+    if sum(routes.weight_counts) > FLAT_SHARE * routes.route_BN.numel():
+        return None
+    walk = _Walk(problem, hidden_ND, weight_VD, transform, tokens, kernels, routes, need_bias)
     d_hidden, d_weight, d_bias = walk.run()
     if len(tokens.lost):  # a non-finite number stays in its row, and in d_weight
         nan = float("nan")
@@ -93,98 +101,96 @@ def _tokens(
 
 
 class _Walk:
-    """The blocks one after the other, in buffers that are made once."""
+    """The blocks one after the other, the tokens of a block in pieces of at most T, in buffers that are made once."""
 
     def __init__(
-        self, problem, hidden_ND, weight_VD, targets_N, transform, tokens: _Tokens, block_lse_NB, need_bias: bool
+        self, problem, hidden_ND, weight_VD, transform, tokens: _Tokens, kernels: RoutedKernels, routes, need_bias: bool
     ):
-        dtype, routed = problem.compute_dtype, problem.routed
-        self.problem, self.tokens, self.transform, self.block = problem, tokens, transform, routed.block
-        self.out_shape, self.out_dtype = hidden_ND.shape, hidden_ND.dtype
-        self.hidden_ND = hidden_ND.index_select(0, tokens.rows_N).to(dtype)
-        self.weight = WeightTiles(weight_VD, routed.block, dtype, transform.order_V)
-        self.kernels = RowKernels(transform, tokens.rows_N, targets_N, dtype)
-        scale = None if routed.scale is None else routed.scale * 2.0**-tokens.upstream.top
-        routes = choose_routes(
-            block_lse_NB,
-            tokens.lse_N,
-            tokens.coefficient_N,
-            tokens.target_N // routed.block,
-            replace(routed, scale=scale),
-        )
-        self.rest_BN = routes.rest_BN.mul_(tokens.coefficient_N * tokens.slope_N)
-        self.rest_hidden_BD = self.rest_BN @ self.hidden_ND
-        self.rest_sum_B = self.rest_BN.sum(1)
-        block_of, self.routed_to = routes.active_BN.nonzero(as_tuple=True)
-        self.counts = torch.bincount(block_of, minlength=len(self.rest_BN)).tolist()
-        tallest = max([LEAST_ROWS, *self.counts])
-        self.rows_RD = torch.zeros(tallest, hidden_ND.shape[1], dtype=dtype)
-        self.p_RC = torch.empty(tallest, routed.block, dtype=dtype)
-        self.minus_inverse_slope_N = -1 / tokens.slope_N
-        self.d_hidden_ND = torch.zeros_like(self.hidden_ND) if problem.need_hidden else None
-        self.mean_BD = torch.empty(len(self.rest_BN), hidden_ND.shape[1], dtype=dtype) if problem.need_hidden else None
-        self.d_weight_VD = torch.empty(weight_VD.shape, dtype=weight_VD.dtype) if problem.need_weight else None
-        self.d_bias_V = torch.empty(len(weight_VD), dtype=dtype) if need_bias else None
+        dtype, block, D = problem.compute_dtype, problem.routed.block, problem.D
+        self.problem, self.tokens, self.kernels, self.routes = problem, tokens, kernels, routes
+        self.order_V, self.block, self.hidden_dtype = transform.order_V, block, hidden_ND.dtype
+        self.plain_ND = hidden_ND.to(dtype) if hidden_ND.stride(1) == 1 else hidden_ND.to(dtype).contiguous()
+        self.weight = WeightTiles(weight_VD, block, dtype, transform.order_V)
+        self.T = max(min(make_plan(problem).token_tile, max(routes.weight_counts, default=0)), LEAST_ROWS)
+        self.gathered_TD = torch.zeros(self.T, D, dtype=dtype)
+        self.product_TC = torch.empty(self.T, block, dtype=dtype)
+        self.rows_N = torch.empty(len(tokens.rows_N), dtype=torch.int64)
+        self.rest_hidden_BD = self._rest_hidden()
+        self.rest_sum_B = routes.rest_BN.sum(1)
+        self.d_hidden_ND = self.d_weight_VD = self.d_bias_V = None
+        if problem.need_hidden:
+            self.d_hidden_ND = torch.zeros(hidden_ND.shape, dtype=dtype)
+            self.mean_BD, self.d_rows_TD = torch.empty_like(self.rest_hidden_BD), torch.empty(self.T, D, dtype=dtype)
+        if problem.need_weight:
+            self.d_weight_VD = torch.empty(weight_VD.shape, dtype=weight_VD.dtype)
+            self.d_block_CD = torch.empty(block, D, dtype=dtype)
+        if need_bias:
+            self.d_bias_V, self.bias_dtype = torch.empty(problem.V, dtype=dtype), transform.bias_V.dtype
 
     def run(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        begin = 0
-        for b, count in enumerate(self.counts):
-            self._block(b, self.routed_to[begin : begin + count])
-            begin += count
-        upstream, d_hidden, d_bias = self.tokens.upstream, None, None
-        if self.d_hidden_ND is not None:
-            self.d_hidden_ND.addmm_(self.rest_BN.T, self.mean_BD)
-            d_hidden = torch.zeros(self.out_shape, dtype=self.out_dtype)
-            d_hidden.index_copy_(0, self.tokens.rows_N, upstream.unscale_(self.d_hidden_ND).to(self.out_dtype))
-        if self.d_bias_V is not None:
-            d_bias = upstream.unscale_(self.d_bias_V).to(self.transform.bias_V.dtype)
+        for b in range(len(self.rest_hidden_BD)):
+            self._block(b)
+        unscale_, d_hidden, d_bias = self.tokens.upstream.unscale_, self.d_hidden_ND, self.d_bias_V
+        if d_hidden is not None:
+            for start, stop in spans(len(self.tokens.rows_N), self.T):
+                rest_TD = torch.mm(
+                    self.routes.rest_BN[:, start:stop].T, self.mean_BD, out=self.d_rows_TD[: stop - start]
+                )
+                d_hidden.index_add_(0, self.tokens.rows_N[start:stop], rest_TD)
+            d_hidden = unscale_(d_hidden).to(self.hidden_dtype)
+        if d_bias is not None:
+            d_bias = unscale_(d_bias).to(self.bias_dtype)
         return d_hidden, self.d_weight_VD, d_bias
 
-    def _block(self, b: int, rows_R: Tensor) -> None:
-        begin = b * self.block
-        weight_CD = self.weight.load(begin, min(begin + self.block, self.problem.V))
-        hidden_RD, p_RC = self._probabilities(begin, rows_R, weight_CD)
-        q_C = p_RC.sum(0)
-        total = float(q_C.sum())
-        q_C = q_C / total if total > 0 else torch.full_like(q_C, 1 / len(q_C))
-        g_RC = self._gradient(begin, rows_R, p_RC)
-        if self.d_hidden_ND is not None:
-            self.d_hidden_ND.index_add_(0, rows_R, g_RC @ weight_CD)
-            torch.mv(weight_CD.T, q_C, out=self.mean_BD[b])
-        where = (
-            slice(begin, begin + len(q_C))
-            if self.transform.order_V is None
-            else self.transform.order_V[begin : begin + len(q_C)]
-        )
-        if self.d_weight_VD is not None:
-            d_CD = torch.mm(g_RC.T, hidden_RD).addr_(q_C, self.rest_hidden_BD[b])
-            self.d_weight_VD[where] = self.tokens.upstream.unscale_(d_CD).to(self.d_weight_VD.dtype)
+    def _rest_hidden(self) -> Tensor:
+        """[B, D]: hidden states times the mass that is not recomputed."""
+        rest_BN = self.routes.rest_BN
+        total_BD = torch.zeros(len(rest_BN), self.problem.D, dtype=rest_BN.dtype)
+        for start, stop in spans(rest_BN.shape[1], self.T):
+            rows_TD = torch.index_select(
+                self.plain_ND, 0, self.tokens.rows_N[start:stop], out=self.gathered_TD[: stop - start]
+            )
+            total_BD.addmm_(rest_BN[:, start:stop], rows_TD)
+        return total_BD
+
+    def _block(self, b: int) -> None:
+        begin, end = b * self.block, min((b + 1) * self.block, self.problem.V)
+        where_C = torch.arange(begin, end) if self.order_V is None else self.order_V[begin:end]
+        weight_CD = self.weight.load(begin, end)
+        sums_C = torch.zeros(end - begin, dtype=weight_CD.dtype)
+        d_CD = self.d_block_CD[: end - begin].zero_() if self.problem.need_weight else None
+        d_bias_C = torch.zeros_like(sums_C)
+        self.kernels.list_tokens(self.routes, b, self.rows_N)
+        hidden_count = self.routes.hidden_counts[b]
+        for start, stop in spans(self.routes.weight_counts[b], self.T):
+            rows_T, to_hidden = self.rows_N[start:stop], max(min(stop, hidden_count) - start, 0)
+            hidden_TD, g_TC = self._gradient(b, rows_T, to_hidden, weight_CD, sums_C)
+            if self.problem.need_hidden and to_hidden:
+                d_rows_TD = torch.mm(g_TC[:to_hidden], weight_CD, out=self.d_rows_TD[:to_hidden])
+                self.kernels.add_rows(d_rows_TD, rows_T, self.d_hidden_ND)
+            if d_CD is not None:
+                d_CD.addmm_(g_TC.T, hidden_TD)
+            if self.d_bias_V is not None:
+                d_bias_C += g_TC.sum(0)
+        total = float(sums_C.sum())
+        mean_C = sums_C / total if total > 0 else torch.full_like(sums_C, 1 / len(sums_C))
+        if self.problem.need_hidden:
+            torch.mv(weight_CD.T, mean_C, out=self.mean_BD[b])
+        if d_CD is not None:
+            d_CD = self.tokens.upstream.unscale_(d_CD.addr_(mean_C, self.rest_hidden_BD[b]))
+            self.d_weight_VD.index_copy_(0, where_C, d_CD.to(self.d_weight_VD.dtype))
         if self.d_bias_V is not None:
-            self.d_bias_V[where] = g_RC.sum(0) + q_C * self.rest_sum_B[b]
+            self.d_bias_V[where_C] = d_bias_C + mean_C * self.rest_sum_B[b]
 
-    def _probabilities(self, begin: int, rows_R: Tensor, weight_CD: Tensor) -> tuple[Tensor, Tensor]:
-        """(hidden [R, D], p [R, C]) of the tokens routed to a block."""
-        R, C = len(rows_R), len(weight_CD)
-        height = max(R, LEAST_ROWS)
-        hidden_RD, p_RC = self.rows_RD[:height], self.p_RC.view(-1)[: height * C].view(height, C)
-        torch.index_select(self.hidden_ND, 0, rows_R, out=hidden_RD[:R])
-        hidden_RD[R:].zero_()
-        torch.mm(hidden_RD, weight_CD.T, out=p_RC)
-        self._exponentiate(begin, rows_R, p_RC[:R])
-        return hidden_RD[:R], p_RC[:R]
-
-    def _exponentiate(self, begin: int, rows_R: Tensor, x_RC: Tensor) -> None:
-        """exp(z - lse) in place of the product x: the gradient without a target, with a coefficient that cancels its slope."""
-        lse_R = self.tokens.lse_N.index_select(0, rows_R)
-        coefficient = TokenGradient(self.minus_inverse_slope_N.index_select(0, rows_R))
-        self.kernels.without_targets(rows_R).backward_tile(x_RC, None, x_RC, None, 0, begin, lse_R, coefficient)
-
-    def _gradient(self, begin: int, rows_R: Tensor, p_RC: Tensor) -> Tensor:
-        """Of the product, in place of p; the target's column from the log-prob, whose digits p near 1 does not have."""
-        tokens = self.tokens
-        slope_R = tokens.slope_N.index_select(0, rows_R)
-        p_RC.mul_((tokens.coefficient_N.index_select(0, rows_R) * slope_R)[:, None])
-        column_R = tokens.target_N.index_select(0, rows_R) - begin
-        here = ((column_R >= 0) & (column_R < p_RC.shape[1])).nonzero()[:, 0]
-        p_RC[here, column_R[here]] = tokens.entry_N[rows_R[here]] * slope_R[here]
-        return p_RC
+    def _gradient(
+        self, b: int, rows_T: Tensor, to_hidden: int, weight_CD: Tensor, sums_C: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(hidden [T, D], gradient of its product with the block [T, C]) of tokens routed to it; their distributions join sums_C."""
+        T, C = len(rows_T), len(weight_CD)
+        height = max(T, LEAST_ROWS)
+        hidden_TD, product_TC = self.gathered_TD[:height], self.product_TC.view(-1)[: height * C].view(height, C)
+        self.kernels.gather(self.plain_ND, rows_T, hidden_TD)
+        hidden_TD[T:].zero_()
+        torch.mm(hidden_TD, weight_CD.T, out=product_TC)
+        sums_C += self.kernels.gradient(self.routes, b, rows_T, to_hidden, product_TC)
+        return hidden_TD[:T], product_TC[:T]

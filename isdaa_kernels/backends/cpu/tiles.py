@@ -3,8 +3,6 @@
 T tokens of a tile, C columns (vocabulary rows) of a tile, D hidden size.
 """
 
-from copy import copy
-
 import torch
 from torch import Tensor
 
@@ -19,10 +17,10 @@ except ImportError as error:  # reported by refusal() and describe()
     native, missing = None, str(error)
 
 
-# The height of every product of logits in the forward, and the least height in the backward: libraries take another path for a few
-# rows, and then a saturated token's logit in the backward differs by a rounding from that in its log-sum-exp, which is all there is of
-# its gradient. Few tokens, so that padding the last tile costs little: 128 reach the rate of a large product.
-FORWARD_TOKENS = 128
+# The least height of a product of logits. Libraries take another path for a few rows, and then the log-prob of a token would depend on
+# its batch, and a saturated token's logit in the backward would differ by a rounding from that in its log-sum-exp, which is all there
+# is of its gradient. Few rows, so that padding the last tile costs little.
+LEAST_HEIGHT = 128
 
 
 def spans(total: int, tile: int) -> list[tuple[int, int]]:
@@ -41,12 +39,12 @@ class HiddenTiles:
     def __init__(self, hidden_ND: Tensor, rows_N: Tensor, tile: int, dtype: torch.dtype):
         self.hidden_ND, self.rows_N, self.span = hidden_ND, rows_N, None
         D = hidden_ND.shape[1]
-        self.buffer_TD = torch.zeros(max(tile, FORWARD_TOKENS), -(-D // 16) * 16, dtype=dtype)[:, :D]
+        self.buffer_TD = torch.zeros(max(tile, LEAST_HEIGHT), -(-D // 16) * 16, dtype=dtype)[:, :D]
 
     def load(self, start: int, stop: int) -> Tensor:
-        """[T, D] with zeros behind the last token where there are fewer than FORWARD_TOKENS."""
+        """[T, D] with zeros behind the last token where there are fewer than LEAST_HEIGHT."""
         count = stop - start
-        height = max(count, FORWARD_TOKENS)
+        height = max(count, LEAST_HEIGHT)
         if self.span != (start, stop):
             self.buffer_TD[:count].copy_(self.hidden_ND.index_select(0, self.rows_N[start:stop]))
             self.buffer_TD[count:height].zero_()
@@ -93,13 +91,6 @@ class RowKernels:
         self.targets_N = transform.placed(targets_N.index_select(0, rows_N))
         self.threads = torch.get_num_threads()
 
-    def without_targets(self, places: Tensor) -> "RowKernels":
-        """For some of the tokens, as if the target of each lay in another tile: the gradient is its term in p alone."""
-        part = copy(self)
-        part.targets_N = torch.full((len(places),), -1)
-        part.inverse_N = None if self.inverse_N is None else self.inverse_N.index_select(0, places)
-        return part
-
     def _tile(self, token: int, column: int, target_T: Tensor) -> dict:
         return {
             "bias": 0 if self.bias_V is None else self.bias_V.data_ptr() + column * self.size,
@@ -118,11 +109,11 @@ class RowKernels:
         column: int,
         state: "State",
         kept_TC: Tensor | None = None,
-        block_lse_TB: Tensor | None = None,
+        block_lse_BT: Tensor | None = None,
         block: int = 0,
     ) -> None:
         """Fold a tile of logits (whose rows `logits_rows_T` names) into the state of its tokens. scratch_TC may be overwritten, and may
-        be the logits; kept_TC receives a copy of them first; block_lse_TB, if given, the log-sum-exps of blocks of `block` columns."""
+        be the logits; kept_TC receives a copy of them first; block_lse_BT, if given, the log-sum-exps of blocks of `block` columns."""
         target_T = self.targets_N[token : token + len(scratch_TC)] - column
         getattr(native, f"forward_tile_{self.suffix}")(
             logits=logits.data_ptr(),
@@ -134,8 +125,8 @@ class RowKernels:
             columns=scratch_TC.shape[1],
             kept=_address(kept_TC),
             kept_stride=0 if kept_TC is None else kept_TC.stride(0),
-            block_lse=0 if block_lse_TB is None else block_lse_TB.data_ptr(),
-            block_lse_stride=0 if block_lse_TB is None else block_lse_TB.stride(0),
+            block_lse=0 if block_lse_BT is None else block_lse_BT.data_ptr(),
+            block_lse_stride=0 if block_lse_BT is None else block_lse_BT.stride(0),
             block=block,
             **state.addresses(token),
             **self._tile(token, column, target_T),

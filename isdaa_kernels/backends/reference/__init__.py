@@ -47,12 +47,12 @@ def forward(problem, hidden_ND, weight_VD, targets_N, transform: Transform, igno
     if problem.routed is None:
         return *numbers, hidden_ND.new_empty(0, problem.V, dtype=problem.compute_dtype)
     routed = problem.routed
-    block_lse_NB = hidden_ND.new_zeros(len(targets_N), routed.blocks(problem.V), dtype=problem.compute_dtype)
+    block_lse_BN = hidden_ND.new_zeros(routed.blocks(problem.V), len(targets_N), dtype=problem.compute_dtype)
     for rows_C in _chunks(targets_N != ignore_index, problem):
         z_CV, _ = _transform(load(rows_C), transform, rows_C)
         order = slice(None) if transform.order_V is None else transform.order_V
-        block_lse_NB[rows_C] = block_logsumexp(z_CV[:, order], routed.block)
-    return *numbers, block_lse_NB
+        block_lse_BN[:, rows_C] = block_logsumexp(z_CV[:, order], routed.block).T
+    return *numbers, block_lse_BN
 
 
 def forward_logits(problem, logits_NV, targets_N, transform: Transform, ignore_index: int, stats: StatsRequest):
@@ -125,18 +125,21 @@ def backward(
         x_CV = _product(hidden_ND, weight, transform, rows_C)
         if routed is None:
             g_CV = _logit_gradient(grad.select(rows_C), x_CV, targets_N, transform, lse_N, rows_C)
+            for_hidden_CV = for_weight_CV = g_CV.masked_fill_(skip_C1, 0)
         else:
             z_CV, slope_CV = _transform(x_CV, transform, rows_C)
-            g_CV = x_CV.new_empty(x_CV.shape)
             order = slice(None) if transform.order_V is None else transform.order_V
-            g_CV[:, order] = routed.logit_gradient(z_CV[:, order], rows_C) * slope_CV
-        g_CV = g_CV.masked_fill_(skip_C1, 0)
+            for_hidden_CV, for_weight_CV = (
+                torch.empty_like(x_CV).index_copy_(1, torch.arange(problem.V, device=x_CV.device)[order], g_CV)
+                .mul_(slope_CV).masked_fill_(skip_C1, 0)
+                for g_CV in routed.logit_gradients(z_CV[:, order], rows_C)
+            )  # fmt: skip
         if d_hidden_ND is not None:
-            d_hidden_ND[rows_C] = (g_CV @ weight).to(d_hidden_ND.dtype)
+            d_hidden_ND[rows_C] = (for_hidden_CV @ weight).to(d_hidden_ND.dtype)
         if d_weight_VD is not None:
-            d_weight_VD += g_CV.T @ hidden_CD
+            d_weight_VD += for_weight_CV.T @ hidden_CD
         if d_bias_V is not None:
-            d_bias_V += g_CV.sum(0)
+            d_bias_V += for_weight_CV.sum(0)
     if d_weight_VD is not None:
         d_weight_VD = d_weight_VD.to(weight_VD.dtype)
     if d_bias_V is not None:
@@ -144,8 +147,8 @@ def backward(
     return d_hidden_ND, d_weight_VD, d_bias_V
 
 
-def _routed(problem, grad, hidden_ND, weight, targets_N, transform, active_N, logprob_N, lse_N, block_lse_NB):
-    routed = RoutedGradient(problem, grad, transform.placed(targets_N), active_N, logprob_N, lse_N, block_lse_NB)
+def _routed(problem, grad, hidden_ND, weight, targets_N, transform, active_N, logprob_N, lse_N, block_lse_BN):
+    routed = RoutedGradient(problem, grad, transform.placed(targets_N), active_N, logprob_N, lse_N, block_lse_BN.T)
     order = slice(None) if transform.order_V is None else transform.order_V
     for rows_C in _chunks(active_N, problem):
         z_CV, _ = _transform(_product(hidden_ND, weight, transform, rows_C), transform, rows_C)

@@ -38,16 +38,21 @@ class RoutedGradient:
             torch.where(use_N[:, None], block_lse_NB, 0), torch.where(use_N, lse_N, 0), coefficient_N,
             targets_N.clamp(0, self.V - 1) // self.routed.block, self.routed,
         )  # fmt: skip
-        self.active_NB = routes.active_BN.T & use_N[:, None]
-        self.rest_NB = torch.where(use_N[:, None], routes.rest_BN.T, 0)
+        self.mass_NB = torch.where(use_N[:, None], routes.mass_BN.T, 0)
+        self.hidden_NB, self.weight_NB = (
+            mask_BN.T & use_N[:, None] for mask_BN in (routes.hidden_BN, routes.weight_BN)
+        )
+        self.block_lse_NB = block_lse_NB
         self.coefficient_N = torch.where(finite_N, prob_N - g_N, float("nan"))  # a non-finite number stays in its row
         self.entry_N = -g_N * logprob_N.to(dtype).expm1() + prob_N * logprob_N.to(dtype).exp()
         self.sum_V = torch.zeros(self.V, dtype=dtype, device=targets_N.device)
         self.mean_V: Tensor | None = None
 
     def collect(self, z_CV: Tensor, rows_C: Tensor) -> None:
-        """Add the probabilities of the routed (token, block) pairs of a chunk."""
-        self.sum_V += torch.where(self._spread(self.active_NB[rows_C]), self._p(z_CV, rows_C), 0).sum(0)
+        """Add the distributions within their block of the routed (token, block) pairs of a chunk."""
+        counted_CB = self.weight_NB[rows_C] & (self.block_lse_NB[rows_C] > float("-inf"))
+        within_CV = (z_CV - self._spread(self.block_lse_NB[rows_C])).exp()
+        self.sum_V += torch.where(self._spread(counted_CB), within_CV, 0).sum(0)
 
     def finish_means(self) -> None:
         block = self.routed.block
@@ -56,15 +61,17 @@ class RoutedGradient:
         sizes_B1 = F.pad(torch.ones_like(self.sum_V), (0, -self.V % block)).view(-1, block).sum(1, keepdim=True)
         self.mean_V = torch.where(total_B1 > 0, padded_Bb / total_B1, 1 / sizes_B1).flatten()[: self.V]
 
-    def logit_gradient(self, z_CV: Tensor, rows_C: Tensor) -> Tensor:
-        p_CV = torch.where(
-            self._spread(self.active_NB[rows_C]),
-            self._p(z_CV, rows_C),
-            self._spread(self.rest_NB[rows_C]) * self.mean_V,
-        )
-        g_CV = p_CV * self.coefficient_N[rows_C, None]
+    def logit_gradients(self, z_CV: Tensor, rows_C: Tensor) -> tuple[Tensor, Tensor]:
+        """That which d_hidden is made from, and that which d_weight and d_bias are made from."""
+        p_CV, mean_CV = self._p(z_CV, rows_C), self._spread(self.mass_NB[rows_C]) * self.mean_V
         target_C1 = self.targets_N[rows_C, None].clamp(0, self.V - 1)
-        return g_CV.scatter_(1, target_C1, self.entry_N[rows_C, None])
+        for_hidden, for_weight = (
+            (torch.where(self._spread(routed_NB[rows_C]), p_CV, mean_CV) * self.coefficient_N[rows_C, None]).scatter_(
+                1, target_C1, self.entry_N[rows_C, None]
+            )
+            for routed_NB in (self.hidden_NB, self.weight_NB)
+        )
+        return for_hidden, for_weight
 
     def _p(self, z_CV: Tensor, rows_C: Tensor) -> Tensor:
         return (z_CV.double() - self.lse_N[rows_C, None]).exp().to(z_CV.dtype)

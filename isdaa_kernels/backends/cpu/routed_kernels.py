@@ -1,0 +1,127 @@
+"""The C++ kernels of the routed backward with the arguments that stay the same over a call.
+
+N tokens that carry a finite gradient, B blocks of vocabulary, C vocabulary rows of a block, T of the tokens routed to
+it, D hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isdaa_kernels.backends.cpu.tiles import RowKernels, native
+from isdaa_kernels.lm_head import Transform
+from isdaa_kernels.routing import Routed, mean_size
+
+
+@dataclass(frozen=True)
+class BlockRoutes:
+    """`routing.Routes` as the kernels hold them."""
+
+    route_BN: Tensor  # uint8: 0 nowhere, 1 for weight alone, 2 for weight and hidden
+    rest_BN: Tensor  # mass * coefficient * slope where the route is 0, else 0
+    weight_counts: list[int]  # of each block
+    hidden_counts: list[int]
+
+
+class RoutedKernels:
+    def __init__(
+        self, tokens, transform: Transform, targets_N: Tensor, block_lse_BN: Tensor, routed: Routed, dtype: torch.dtype
+    ):
+        self.tokens, self.block_lse_BN, self.dtype = tokens, block_lse_BN, dtype
+        self.rows = RowKernels(transform, tokens.rows_N, targets_N, dtype)
+        self.suffix, self.threads = self.rows.suffix, self.rows.threads
+        self.token = self._native("RoutedTokens")(
+            block_lse=block_lse_BN.data_ptr(),
+            block_lse_stride=block_lse_BN.stride(0),
+            row=tokens.rows_N.data_ptr(),
+            position=tokens.position_N.data_ptr(),
+            lse=tokens.lse_N.data_ptr(),
+            coefficient=tokens.coefficient_N.data_ptr(),
+            slope=tokens.slope_N.data_ptr(),
+            target=tokens.target_N.data_ptr(),
+            tokens=len(tokens.rows_N),
+            block=routed.block,
+        )
+        self.block = routed.block
+        self.sums_TC = torch.empty(self.threads, routed.block, dtype=dtype)  # one row a thread
+
+    def _native(self, name: str):
+        return getattr(native, f"{name}_{self.suffix}")
+
+    def choose_routes(self, routed: Routed) -> BlockRoutes:
+        B, N = len(self.block_lse_BN), len(self.tokens.rows_N)
+        route_BN, rest_BN = torch.empty(B, N, dtype=torch.uint8), torch.empty(B, N, dtype=self.dtype)
+        counts_2B = torch.empty(2, B, dtype=torch.int64)
+        if routed.scale is None:
+            scale = float(mean_size(self.tokens.coefficient_N.abs()))
+        else:
+            scale = routed.scale * 2.0**-self.tokens.upstream.top
+        self._native("route_blocks")(
+            token=self.token,
+            limit=routed.tolerance * scale,
+            row_share=routed.row_share,
+            blocks=B,
+            route=route_BN.data_ptr(),
+            rest=rest_BN.data_ptr(),
+            weight_count=counts_2B[0].data_ptr(),
+            hidden_count=counts_2B[1].data_ptr(),
+            threads=self.threads,
+        )
+        return BlockRoutes(route_BN, rest_BN, *counts_2B.tolist())
+
+    def list_tokens(self, routes: BlockRoutes, b: int, rows_N: Tensor) -> None:
+        """Writes the tokens routed to block b, those whose hidden state is routed there first."""
+        native.list_tokens(
+            route=routes.route_BN[b].data_ptr(),
+            tokens=len(self.tokens.rows_N),
+            hidden_count=routes.hidden_counts[b],
+            listed=rows_N.data_ptr(),
+        )
+
+    def gather(self, hidden_ND: Tensor, rows_T: Tensor, out_TD: Tensor) -> None:
+        """hidden_ND: of all tokens of the call, with columns side by side."""
+        self._native("gather_rows")(
+            token=self.token,
+            listed=rows_T.data_ptr(),
+            count=len(rows_T),
+            values=hidden_ND.data_ptr(),
+            stride=hidden_ND.stride(0),
+            width=hidden_ND.shape[1],
+            out=out_TD.data_ptr(),
+            threads=self.threads,
+        )
+
+    def gradient(self, routes: BlockRoutes, b: int, rows_T: Tensor, to_hidden: int, product_TC: Tensor) -> Tensor:
+        """The gradient of the product in its place, and the sum over the tokens of exp(z - block_lse) [C]. The first `to_hidden`
+        tokens are routed here in the gradient of hidden; the mass of the others joins `rest_BN`."""
+        C, bias_V = product_TC.shape[1], self.rows.bias_V
+        self._native("routed_tile")(
+            token=self.token,
+            listed=rows_T.data_ptr(),
+            count=len(rows_T),
+            to_hidden=to_hidden,
+            columns=C,
+            b=b,
+            product=product_TC.data_ptr(),
+            entry=self.tokens.entry_N.data_ptr(),
+            rest=routes.rest_BN[b].data_ptr(),
+            sums=self.sums_TC.data_ptr(),
+            bias=0 if bias_V is None else bias_V[b * self.block :].data_ptr(),
+            inverse_temperature=0 if self.rows.inverse_N is None else self.rows.inverse_N.data_ptr(),
+            threads=self.threads,
+            **self.rows.head,
+        )
+        return self.sums_TC.view(-1)[:C]
+
+    def add_rows(self, values_TD: Tensor, rows_T: Tensor, out_ND: Tensor) -> None:
+        """out[token] += values, for as many of the tokens as there are values. out_ND: of all tokens of the call."""
+        self._native("add_rows")(
+            token=self.token,
+            listed=rows_T.data_ptr(),
+            count=len(values_TD),
+            values=values_TD.data_ptr(),
+            width=out_ND.shape[1],
+            out=out_ND.data_ptr(),
+            threads=self.threads,
+        )
