@@ -17,6 +17,7 @@ from isdaa_trainer.checkpoint import (
     write_run,
 )
 from isdaa_trainer.model import Policy
+from isdaa_trainer.routing import Routing
 from trainer_fixtures import make_config, make_model, make_tokenizer
 
 
@@ -102,17 +103,17 @@ def stepped_adam(policy):
 
 def test_checkpoints_restore_everything_and_only_the_newest_stay(tmp_path):
     policy = Policy(make_model(), make_tokenizer(), torch.float32)
-    optimizer = stepped_adam(policy)
+    optimizer, routing = stepped_adam(policy), Routing(make_config(tmp_path, "m"))
     for step in (5, 999_999, 1_000_000):
-        save_checkpoint(tmp_path, step, policy, optimizer, keep=2)
+        save_checkpoint(tmp_path, step, policy, optimizer, routing, keep=2)
     torch.manual_seed(7)
-    save_checkpoint(tmp_path, 2_000_000, policy, optimizer, keep=2)
+    save_checkpoint(tmp_path, 2_000_000, policy, optimizer, routing, keep=2)
     drawn = torch.rand(3)
     names = [path.name for path in checkpoints(tmp_path)]
     assert names == ["step-1000000", "step-2000000"]
 
     fresh = torch.optim.AdamW(make_model().parameters(), lr=0.5, fused=True)
-    restore(checkpoints(tmp_path)[-1], fresh)
+    restore(checkpoints(tmp_path)[-1], policy, fresh, routing)
     assert torch.rand(3).equal(drawn)
     assert fresh.param_groups[0]["lr"] == 0.01
     for got, expected in zip(fresh.state.values(), optimizer.state.values(), strict=True):
@@ -122,10 +123,10 @@ def test_checkpoints_restore_everything_and_only_the_newest_stay(tmp_path):
 
 def test_saving_the_same_step_twice_keeps_the_first(tmp_path):
     policy = Policy(make_model(), make_tokenizer(), torch.float32)
-    optimizer = stepped_adam(policy)
-    save_checkpoint(tmp_path, 5, policy, optimizer, keep=1)
+    optimizer, routing = stepped_adam(policy), Routing(make_config(tmp_path, "m"))
+    save_checkpoint(tmp_path, 5, policy, optimizer, routing, keep=1)
     before = (checkpoints(tmp_path)[0] / "trainer.pt").stat().st_mtime_ns
-    save_checkpoint(tmp_path, 5, policy, optimizer, keep=1)
+    save_checkpoint(tmp_path, 5, policy, optimizer, routing, keep=1)
     assert (checkpoints(tmp_path)[0] / "trainer.pt").stat().st_mtime_ns == before
 
 

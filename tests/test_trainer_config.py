@@ -1,12 +1,16 @@
 import dataclasses
 import json
+import math
 import re
 import sys
 
 import pytest
 from isdaa_trainer.config import SECTIONS, Config, build_parser, parse_arguments, read_config_file
 
+from isdaa_kernels import Routed
+
 REQUIRED = {"model": "m", "train_data": "d.jsonl", "out": "o"}
+ROUTED = {"gradient": "routed"}
 FLAGS = ["--model", "m", "--train-data", "d.jsonl", "--out", "o"]
 
 
@@ -71,6 +75,17 @@ def test_every_field_is_a_flag_with_its_default_in_the_help():
         ({"epsilon": -1.0}, "epsilon"),
         ({"importance_floor": 2.0}, "floor"),
         ({"objective": "dpo", "importance_power": 0.5}, "importance_power: dpo is not importance weighted"),
+        ({"gradient": "sparse"}, "gradient: expected one of exact, routed, got 'sparse'"),
+        ({**ROUTED, "routed_tolerance": -1e-3}, "routed_tolerance: expected a finite number from 0 on, got -0.001"),
+        ({**ROUTED, "routed_tolerance": math.inf}, "routed_tolerance: expected a finite number, got inf"),
+        ({**ROUTED, "routed_block": 48}, "routed_block: expected one of 32, 64, 128, 256, got 48"),
+        ({**ROUTED, "routed_block": 64.0}, "routed_block: expected int or none, got 64.0"),
+        ({**ROUTED, "routed_row_share": 1.5}, "routed_row_share: expected a number from 0 to 1, got 1.5"),
+        ({**ROUTED, "vocab_order_every": -1}, "vocab_order_every: expected a value at least 0, got -1"),
+        ({"routed_tolerance": 1e-3}, "routed_tolerance: expected nothing beside gradient = exact, got 0.001"),
+        ({"routed_block": 64}, "routed_block: expected nothing beside gradient = exact, got 64"),
+        ({"routed_row_share": 0.0}, "routed_row_share: expected nothing beside gradient = exact, got 0.0"),
+        ({"vocab_order_every": 0}, "vocab_order_every: expected nothing beside gradient = exact, got 0"),
     ],
 )
 def test_bad_values_name_the_field_and_the_value(changes, message):
@@ -88,6 +103,15 @@ def test_settings_reach_the_objective():
         "beta": 0.1,
         "importance": None,
     }
+
+
+def test_routed_settings_reach_the_kernels_and_the_rest_is_theirs():
+    assert Config(**REQUIRED).routed(2.0) is None
+    assert Config(**REQUIRED, **ROUTED).routed() == Routed()
+    given = ["--gradient", "routed", "--routed-tolerance", "1e-3", "--routed-block", "64", "--routed-row-share", "none"]
+    config, _ = parse_arguments([*FLAGS, *given, "--vocab-order-every", "0"])
+    assert config.routed(2.0) == Routed(tolerance=1e-3, scale=2.0, block=64)
+    assert config.vocab_order_every == 0
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def test_pack_by_hand():
     assert batch.reference.tolist() == [0.1, 0.3, 0.2, 0.4]
     assert batch.behaviour.tolist() == [-1.0, -3.0, -2.0, -4.0]
     assert batch.num_scored == 6
+    assert batch.lengths.tolist() == [2, 1, 1, 2]
     assert pack(pairs[:1]).reference.isnan().all()
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import isdaa_trainer.train as train_module
 import pytest
 import torch
-from isdaa_trainer.checkpoint import checkpoints, read_lines
+from isdaa_trainer.checkpoint import checkpoints
 from isdaa_trainer.curves import draw_curves
 from isdaa_trainer.train import InterruptedRunError, Trainer, learning_rate, main
-from trainer_fixtures import make_config, make_model_folder, make_records, write_jsonl
+from trainer_fixtures import lines, make_config, make_model_folder, make_records, stop_after, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -34,11 +34,6 @@ def config(tmp_path, model):
 def _quick_curves(monkeypatch):
     """Drawing takes longer than everything else in these runs; one test has the real one."""
     monkeypatch.setattr(train_module, "draw_curves", lambda steps, evaluations, target: target.touch())
-
-
-def lines(config, name="metrics.jsonl", without=("seconds", "tokens_per_second", "peak_rss_mb")):
-    found = read_lines(Path(config.out) / name, last_step=10**9)
-    return [{key: value for key, value in line.items() if key not in without} for line in found]
 
 
 def test_a_run_from_files_to_files(config, monkeypatch):
@@ -77,18 +72,6 @@ def test_the_saved_model_is_what_transformers_loads(config):
     messages = [{"role": "user", "content": "w1"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     assert loaded.generate(ids, max_new_tokens=3).shape[0] == 1
-
-
-def stop_after(monkeypatch, step, number):
-    """Sends the signal while `step` is being done."""
-
-    def interrupting(*arguments, step_to_stop=step, **options):
-        if options["step"] == step_to_stop:
-            signal.raise_signal(number)
-        return train_step(*arguments, **options)
-
-    train_step = train_module.train_step
-    monkeypatch.setattr(train_module, "train_step", interrupting)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

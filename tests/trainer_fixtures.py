@@ -1,9 +1,14 @@
 """A tiny model, its tokenizer and preference files for the tests of the trainer."""
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
+import isdaa_trainer.train as train_module
+import pytest
 import torch
+from isdaa_trainer.checkpoint import read_lines
 from isdaa_trainer.config import Config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -96,3 +101,24 @@ def make_config(folder: Path, model: str, **changes: object) -> Config:
         "max_tokens_per_micro_batch": 80,
     }
     return Config(**(settings | changes))
+
+
+TIMES = ("seconds", "tokens_per_second", "peak_rss_mb", "vocab_order_seconds")
+
+
+def lines(config: Config, name: str = "metrics.jsonl", without: tuple[str, ...] = TIMES) -> list[dict[str, Any]]:
+    """What a run has written, without what no two runs have in common."""
+    found = read_lines(Path(config.out) / name, last_step=10**9)
+    return [{key: value for key, value in line.items() if key not in without} for line in found]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Sends the signal while `step` is being done."""
+
+    def interrupting(*arguments, **options):
+        if options["step"] == step:
+            signal.raise_signal(number)
+        return train_step(*arguments, **options)
+
+    train_step = train_module.train_step
+    monkeypatch.setattr(train_module, "train_step", interrupting)

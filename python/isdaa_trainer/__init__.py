@@ -1,7 +1,7 @@
 """A thin trainer for IS-DAA: direct alignment whose pair loss is multiplied by a clipped importance ratio.
 
-Reading order: `step` (the algorithm), `records` and `data` (files to packed pairs), `model`, `train` (the loop),
-`checkpoint`, `config`.
+Reading order: `step` (the algorithm), `records` and `data` (files to packed pairs), `model`, `routing` (what routed gradients
+carry from step to step), `train` (the loop), `checkpoint`, `config`.
 """
 
 from isdaa_trainer.config import Config

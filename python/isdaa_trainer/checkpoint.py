@@ -4,7 +4,8 @@ run.json           the settings, and a digest of the data
 reference.pt       log-probs under the reference policy
 metrics.jsonl      one line a step;  evaluation.jsonl  one line an evaluation
 curves.png         made of the two
-checkpoints/step-000120/   model and tokenizer as transformers reads them, and trainer.pt: optimizer, random state
+checkpoints/step-000120/   model and tokenizer as transformers reads them; trainer.pt: optimizer, random state, scale of
+                   routed gradients; vocab_order.pt where these have an order of the vocabulary
 model/             the trained model
 """
 
@@ -21,6 +22,7 @@ import torch
 
 from isdaa_trainer.config import FREE_ON_RESUME, Config
 from isdaa_trainer.model import Policy
+from isdaa_trainer.routing import Routing
 
 
 @contextmanager
@@ -100,21 +102,26 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def save_checkpoint(out: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int) -> None:
+def save_checkpoint(
+    out: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, routing: Routing, keep: int
+) -> None:
     """Everything that the step after `step` depends on; then removes all but the newest `keep` checkpoints."""
     target = out / "checkpoints" / f"step-{step:06d}"
     if not target.exists():  # an interruption may come right after a regular checkpoint
         with whole_folder(target) as folder:
             policy.save(folder)
-            torch.save({"optimizer": optimizer.state_dict(), "random": random_state()}, folder / "trainer.pt")
+            routing.save(folder)
+            state = {"optimizer": optimizer.state_dict(), "random": random_state(), "routed_scale": routing.scale}
+            torch.save(state, folder / "trainer.pt")
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
 
 
-def restore(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Optimizer and random state of a checkpoint; its model is read by `load_policy`."""
+def restore(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer, routing: Routing) -> None:
+    """Optimizer, random state and routing of a checkpoint; its model, `policy`, is read by `load_policy`."""
     state = torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
+    routing.load(checkpoint, state["routed_scale"], policy.device)
     torch.set_rng_state(state["random"]["cpu"])
     if torch.cuda.is_available() and state["random"]["cuda"]:
         torch.cuda.set_rng_state_all(state["random"]["cuda"])

@@ -15,7 +15,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from isdaa_kernels import OBJECTIVES, ImportanceWeight
+from isdaa_kernels import OBJECTIVES, ImportanceWeight, Routed
 
 SECTIONS = ("model", "data", "objective", "optimizer", "run")
 
@@ -96,6 +96,29 @@ class Config:
     keep_checkpoints: int = setting("run", "how many of the newest checkpoints to keep", 1, at_least=1)
     backend: str | None = setting("run", "backend of the kernels; none: the best for the device", None)
     max_workspace_mb: float | None = setting("run", "memory of the kernels, in MiB; none: their default", None, above=0)
+    gradient: Literal["exact", "routed"] = setting(
+        "run", "of the head; routed: only where the probability is, with a bound on what is left out", "exact"
+    )
+    routed_tolerance: float | None = setting(
+        "run",
+        "routed: largest share of an average token's gradient to leave out in one block of the vocabulary; the average "
+        "is that of the step before, so that micro-batches are routed alike however a step is cut (in the first step: "
+        f"of each micro-batch); none: {Routed.tolerance}",
+        None,
+    )
+    routed_block: int | None = setting(
+        "run", f"routed: rows of a block of the vocabulary: 32, 64, 128 or 256; none: {Routed.block}", None
+    )
+    routed_row_share: float | None = setting(
+        "run", f"routed: share of each block's own gradient that is exact in the head; none: {Routed.row_share}", None
+    )
+    vocab_order_every: int = setting(
+        "run",
+        "routed: steps after which the vocabulary is put in a new order for the policy as it is then, first before "
+        "training; 0: its natural order",
+        100,
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -108,6 +131,7 @@ class Config:
             )
         OBJECTIVES[self.objective].resolve_options(self.objective_options())
         self.importance_weight()
+        self.routed()
 
     def preference_settings(self) -> dict[str, Any]:
         """What `preference_loss` is to compute, as its keyword arguments."""
@@ -140,6 +164,22 @@ class Config:
                     f"{field.name}: {self.objective} is not importance weighted; expected is_{self.objective}"
                 )
         return None
+
+    def routed(self, scale: float | None = None) -> Routed | None:
+        """How the head's gradient is routed, `scale` being the size of an average token's coefficient (None: the
+        kernels take that of the micro-batch); None for exact gradients, which refuse settings of routed ones."""
+        if self.gradient == "exact":
+            for field in dataclasses.fields(self):
+                of_routed = field.name == "vocab_order_every" or field.name.startswith("routed_")
+                if of_routed and getattr(self, field.name) != field.default:
+                    value = getattr(self, field.name)
+                    raise ValueError(f"{field.name}: expected nothing beside gradient = exact, got {value!r}")
+            return None
+        given = {"tolerance": self.routed_tolerance, "block": self.routed_block, "row_share": self.routed_row_share}
+        try:
+            return Routed(scale=scale, **{name: value for name, value in given.items() if value is not None})
+        except ValueError as error:  # begins with the name of the argument
+            raise ValueError(f"routed_{error}") from None
 
 
 def check_field(field: dataclasses.Field, value: Any) -> None:

@@ -44,6 +44,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor  # [S + 1] int32, where each sequence begins
     reference: torch.Tensor  # [S] float64 log-probs under the reference policy; NaN where not known yet
     behaviour: torch.Tensor | None  # [S] float64 log-probs under the behaviour policy
+    lengths: torch.Tensor  # [S] int64, the scored tokens of each sequence
     num_scored: int  # tokens with a target
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -211,6 +212,7 @@ def pack(pairs: Sequence[Pair], reference: torch.Tensor | None = None) -> MicroB
         cu_seqlens=cu_seqlens,
         reference=reference.T.flatten(),
         behaviour=behaviour_logprob(pairs),
+        lengths=torch.tensor([len(completion) for _, completion in sequences]),
         num_scored=sum(len(completion) for _, completion in sequences),
     )
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from isdaa_kernels import PreferenceLoss, linear_logprob, linear_preference_loss, preference_loss, sequence_logprob
+from isdaa_kernels import PreferenceLoss, linear_logprob, preference_loss, sequence_logprob
 from isdaa_trainer.config import Config
 from isdaa_trainer.data import MicroBatch, Pair, micro_batches, pack
 from isdaa_trainer.model import Policy
+from isdaa_trainer.routing import Routing
 
 
 def train_step(
@@ -23,69 +24,71 @@ def train_step(
     reference: torch.Tensor,
     config: Config,
     step: int,
+    routing: Routing | None = None,
 ) -> dict[str, float]:
     """Moves the policy by one step on `pairs`; returns the metrics of `preference_loss`, grad_norm and tokens.
 
-    reference: [len(pairs), 2] float64 log-probs of (chosen, rejected) under the reference policy.
+    reference: [len(pairs), 2] float64 log-probs of (chosen, rejected) under the reference policy. routing: what earlier
+    steps left for this one where gradients are routed, and takes from it for the next; None: nothing.
     Raises NonFiniteError, naming the step and the pairs, before the optimizer sees a non-finite loss or gradient.
     """
-    parts = []
+    routing = Routing(config) if routing is None else routing
+    parts, gradients = [], []
     for batch in micro_batches(pairs, config.max_tokens_per_micro_batch, reference):
         # The sum over the micro-batches is divided by the pairs of the step, so that how they are cut does not matter.
-        loss, metrics = pair_loss(policy, batch.to(policy.device), config, denominator=len(pairs))
+        batch = batch.to(policy.device)
+        logprob_S = sequence_sums(policy, batch, config, routing)
+        logprob_S.retain_grad()
+        loss, metrics = pair_loss(logprob_S, batch, config, denominator=len(pairs))
         loss.backward()
+        gradients.append((logprob_S.grad, batch.lengths))
         parts.append((len(batch.pairs), loss.detach(), metrics))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm or math.inf)
     for name, value in (("loss", sum(loss for _, loss, _ in parts)), ("gradient", grad_norm)):
         if not torch.isfinite(value):
             raise NonFiniteError(
-                f"step {step}: non-finite {name}; {blame(policy, optimizer, pairs, reference, config)}"
+                f"step {step}: non-finite {name}; {blame(policy, optimizer, pairs, reference, config, routing)}"
             )
     optimizer.step()
     optimizer.zero_grad()
+    routing.follow(gradients)
     metrics = merge_metrics([(size, metrics) for size, _, metrics in parts])
     return metrics | {"grad_norm": grad_norm.item(), "tokens": sum(pair.num_tokens for pair in pairs)}
 
 
-def pair_loss(policy: Policy, batch: MicroBatch, config: Config, denominator: int) -> PreferenceLoss:
-    """The differentiable loss of a micro-batch: hidden states -> loss, without logits."""
-    hidden_ND = policy.hidden_states(batch.input_ids, batch.position_ids)
-    with policy.autocast():
-        return linear_preference_loss(
-            hidden_ND,
-            policy.head(),
-            batch.targets,
-            batch.cu_seqlens,
-            reference_logprob=batch.reference,
-            behaviour_logprob=batch.behaviour if config.importance_weight() else None,
-            denominator=denominator,
-            max_scored=batch.num_scored,
-            **config.preference_settings(),
-            **config.kernel_settings(),
-        )
-
-
-@torch.no_grad()
-def sequence_sums(policy: Policy, batch: MicroBatch, config: Config) -> torch.Tensor:
-    """Log-prob of each completion of a micro-batch, float64 [S] on the CPU."""
-    batch = batch.to(policy.device)
+def sequence_sums(policy: Policy, batch: MicroBatch, config: Config, routing: Routing) -> torch.Tensor:
+    """Log-prob of each completion of a micro-batch, float64 [S]: hidden states -> log-probs, without logits."""
     hidden_ND = policy.hidden_states(batch.input_ids, batch.position_ids)
     head = policy.head()
     transforms = {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
+    settings = {"max_scored": batch.num_scored, **config.kernel_settings(), **routing.kernel_settings()}
     with policy.autocast():
-        logprob_N = linear_logprob(
-            hidden_ND, head.weight, batch.targets, max_scored=batch.num_scored, **transforms, **config.kernel_settings()
-        )
-    return sequence_logprob(logprob_N, batch.cu_seqlens).cpu()
+        logprob_N = linear_logprob(hidden_ND, head.weight, batch.targets, **transforms, **settings)
+    return sequence_logprob(logprob_N, batch.cu_seqlens)
 
 
+def pair_loss(logprob_S: torch.Tensor, batch: MicroBatch, config: Config, denominator: int | None) -> PreferenceLoss:
+    """The loss of a micro-batch from its `sequence_sums`. Not `linear_preference_loss`, which is the two in one: the
+    step also wants the gradient of the sums."""
+    return preference_loss(
+        logprob_S,
+        batch.reference,
+        lengths=batch.lengths,
+        behaviour=batch.behaviour if config.importance_weight() else None,
+        denominator=denominator,
+        **config.preference_settings(),
+    )
+
+
+@torch.no_grad()
 def pair_logprob(policy: Policy, pairs: Sequence[Pair], config: Config, description: str) -> torch.Tensor:
     """Log-probs of (chosen, rejected) of each pair under `policy` as it is now, float64 [len(pairs), 2]."""
     found = []
     with tqdm(total=len(pairs), desc=description, unit="pair") as bar:
         for batch in micro_batches(pairs, config.max_tokens_per_micro_batch):
-            found.append(sequence_sums(policy, batch, config).view(2, -1).T)
+            logprob_S = sequence_sums(policy, batch.to(policy.device), config, Routing(config))
+            found.append(logprob_S.cpu().view(2, -1).T)
             bar.update(len(batch.pairs))
     return torch.cat(found) if found else torch.empty(0, 2, dtype=torch.float64)
 
@@ -95,15 +98,7 @@ def evaluate(logprob: torch.Tensor, reference: torch.Tensor, pairs: Sequence[Pai
 
     logprob, reference: [len(pairs), 2] float64, under the policy and under the reference policy. A tie counts one half.
     """
-    batch = pack(pairs, reference)
-    lengths = [len(pair.chosen) for pair in pairs] + [len(pair.rejected) for pair in pairs]
-    _, metrics = preference_loss(
-        logprob.T.flatten(),
-        batch.reference,
-        lengths=torch.tensor(lengths, dtype=torch.float64),
-        behaviour=batch.behaviour if config.importance_weight() else None,
-        **config.preference_settings(),
-    )
+    _, metrics = pair_loss(logprob.T.flatten(), pack(pairs, reference), config, denominator=None)
     likelier, margin = logprob[:, 0] - logprob[:, 1], (logprob - reference)[:, 0] - (logprob - reference)[:, 1]
     return to_numbers(metrics) | {
         "accuracy/tied_frac": share_positive(margin),
@@ -154,13 +149,19 @@ class NonFiniteError(ArithmeticError):
 
 
 def blame(
-    policy: Policy, optimizer: torch.optim.Optimizer, pairs: Sequence[Pair], reference: torch.Tensor, config: Config
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    pairs: Sequence[Pair],
+    reference: torch.Tensor,
+    config: Config,
+    routing: Routing,
 ) -> str:
     """Which pairs give a non-finite loss or gradient on their own, as "pair from pairs.jsonl line 37"."""
     guilty = []
     for index, pair in enumerate(pairs):
         optimizer.zero_grad()
-        loss = pair_loss(policy, pack([pair], reference[index : index + 1]).to(policy.device), config, len(pairs)).loss
+        batch = pack([pair], reference[index : index + 1]).to(policy.device)
+        loss = pair_loss(sequence_sums(policy, batch, config, routing), batch, config, len(pairs)).loss
         loss.backward()
         grads = [parameter.grad for parameter in policy.model.parameters() if parameter.grad is not None]
         if not torch.isfinite(loss) or not all(torch.isfinite(grad).all() for grad in grads):

@@ -18,6 +18,7 @@ from isdaa_trainer.config import Config, parse_arguments
 from isdaa_trainer.curves import draw_curves
 from isdaa_trainer.data import Pair, PreferenceData, load_data, step_order
 from isdaa_trainer.model import Policy, load_policy, load_tokenizer
+from isdaa_trainer.routing import Routing, check_routing
 from isdaa_trainer.step import NonFiniteError, evaluate, pair_logprob, train_step
 
 
@@ -47,9 +48,11 @@ class Trainer:
         newest = (disk.checkpoints(self.out) or [None])[-1]
         self.step = disk.step_of(newest) if newest else 0
         self.policy = load_policy(config, tokenizer, path=str(newest) if newest else None)
-        self.optimizer = make_optimizer(self.policy, config)
+        if config.gradient == "routed":
+            check_routing(self.policy, config)
+        self.optimizer, self.routing = make_optimizer(self.policy, config), Routing(config)
         if newest:
-            disk.restore(newest, self.optimizer)
+            disk.restore(newest, self.policy, self.optimizer, self.routing)
         else:
             disk.write_run(self.out, config, self.data.fingerprint())
         self.reference = self.load_reference()
@@ -104,15 +107,31 @@ class Trainer:
         lr = learning_rate(self.step, self.num_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        refreshed = self.refresh_order()
         pairs: list[Pair] = [self.data.train[index] for index in order]
         metrics = train_step(
-            self.policy, self.optimizer, pairs, self.reference["train"][order], self.config, step=self.step + 1
+            self.policy,
+            self.optimizer,
+            pairs,
+            self.reference["train"][order],
+            self.config,
+            step=self.step + 1,
+            routing=self.routing,
         )
+        metrics |= refreshed
         self.step += 1
         seconds = time.perf_counter() - start
         metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds, "peak_rss_mb": peak_rss_mb()}
         disk.append_line(self.out / "metrics.jsonl", {"step": self.step, "lr": lr, **metrics})
         return metrics
+
+    def refresh_order(self) -> dict[str, float]:
+        """Makes the order of the vocabulary anew where it is due: the seconds it took, for the line of the step."""
+        if not self.routing.due(self.step):
+            return {}
+        start = time.perf_counter()
+        self.routing.make_order(self.policy, self.data.train)
+        return {"vocab_order_seconds": time.perf_counter() - start}
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out pairs, with their line in evaluation.jsonl; nothing where there are none."""
@@ -126,7 +145,9 @@ class Trainer:
         return metrics
 
     def save_checkpoint(self) -> None:
-        disk.save_checkpoint(self.out, self.step, self.policy, self.optimizer, self.config.keep_checkpoints)
+        disk.save_checkpoint(
+            self.out, self.step, self.policy, self.optimizer, self.routing, self.config.keep_checkpoints
+        )
         self.draw()
 
     def draw(self) -> None:
