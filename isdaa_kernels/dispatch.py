@@ -30,6 +30,9 @@ class Problem:
     keep_logits: bool = False  # a backward will follow
     max_workspace_mb: float | None = None
     routed: Routed | None = None  # None: exact gradients
+    hidden_in_forward: bool = (
+        False  # only d_hidden is wanted, linear in the tokens' coefficients: a forward may prepare it
+    )
     arch: str | None = None  # of a GPU: "sm_90", "gfx942", ...
 
     @property

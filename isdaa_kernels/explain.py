@@ -47,6 +47,7 @@ def plan(
         need_weight=not frozen_head,
         keep_logits=not (frozen_head and frozen_hidden),
         max_workspace_mb=max_workspace_mb,
+        hidden_in_forward=frozen_head and not frozen_hidden,
         arch=arch or device_arch(where),
     )
     return select_backend(problem, backend).make_plan(problem)

@@ -157,6 +157,8 @@ def _run(
         raise_bad_targets(targets_N, weight.shape[0], ignore_index)
     grad = torch.is_grad_enabled()
     needs = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, head.bias)]
+    # With a constant slope dz / d(hidden @ weight') the gradient of hidden is linear in those of log-prob and lse.
+    linear = head.softcap is None and routed is None and not request.wants("entropy", "mean_logit")
     logprob_N, stats_SN, _, _ = ops.linear_logprob_forward(
         hidden.reshape(N, D),
         weight,
@@ -175,6 +177,7 @@ def _run(
         backend,
         order if any(needs) else None,
         routed if any(needs) else None,
+        linear and needs == [True, False, False],
     )
     return logprob_N.reshape(targets.shape), VocabStats.from_rows(stats_SN, request.names, targets.shape)
 

@@ -18,7 +18,9 @@ from isdaa_kernels.targets import raise_bad_targets
 _SECOND = "isdaa_kernels: {} has no second derivative; detach its gradient, or use dense PyTorch where create_graph=True is needed"
 
 
-def _problem(hidden, weight, max_scored, keep, max_workspace_mb, need_hidden, need_weight, routed) -> Problem:
+def _problem(
+    hidden, weight, max_scored, keep, max_workspace_mb, need_hidden, need_weight, routed, hidden_in_forward
+) -> Problem:
     return Problem.of(
         hidden,
         weight,
@@ -28,6 +30,7 @@ def _problem(hidden, weight, max_scored, keep, max_workspace_mb, need_hidden, ne
         keep_logits=keep,
         max_workspace_mb=max_workspace_mb,
         routed=Routed.unpack(routed),
+        hidden_in_forward=hidden_in_forward,
     )
 
 
@@ -54,10 +57,12 @@ def linear_logprob_forward(
     backend: str | None,
     order: Tensor | None = None,
     routed: Sequence[float] | None = None,
+    hidden_in_forward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob [N], stats [S, N], lse fp64 [N], kept [K, V]). `keep`: which of hidden, weight will need a gradient; none keeps nothing.
-    Routed (`Routed.pack`), `kept` is the log-sum-exps of the blocks [B, N]."""
-    problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed)
+    Routed (`Routed.pack`), `kept` is the log-sum-exps of the blocks [B, N]; where the forward prepares d_hidden, what it prepared, for
+    the scored tokens [max_scored, D]."""
+    problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed, hidden_in_forward)
     transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature, order)
     request = StatsRequest(_names(stats), top_k)
     with torch.autocast(hidden.device.type, enabled=False):  # the inputs are cast already; the arithmetic stays fp32
@@ -68,13 +73,14 @@ def linear_logprob_forward(
 
 @linear_logprob_forward.register_fake
 def _(hidden, weight, targets, bias, temperature, constant_temperature, logit_scale, softcap, ignore_index, max_scored,
-      max_workspace_mb, keep, stats, top_k, backend, order=None, routed=None):  # fmt: skip
-    problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed)
+      max_workspace_mb, keep, stats, top_k, backend, order=None, routed=None, hidden_in_forward=False):  # fmt: skip
+    problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed, hidden_in_forward)
     dtype, N, kept = problem.compute_dtype, hidden.shape[0], (0, weight.shape[0])
     if problem.routed is not None:
         kept = (problem.routed.blocks(weight.shape[0]), N)
-    elif any(keep) and max_workspace_mb is not None:
-        kept = (select_backend(problem, backend).make_plan(problem).kept_tokens, weight.shape[0])
+    elif any(keep) and (max_workspace_mb is not None or hidden_in_forward):
+        plan = select_backend(problem, backend).make_plan(problem)
+        kept = (max_scored, hidden.shape[1]) if plan.hidden_in_forward else (plan.kept_tokens, weight.shape[0])
     return (
         hidden.new_empty(N, dtype=dtype),
         hidden.new_empty(len(_names(stats)), N, dtype=dtype),
@@ -107,9 +113,12 @@ def linear_logprob_backward(
     backend: str | None,
     order: Tensor | None = None,
     routed: Sequence[float] | None = None,
+    hidden_in_forward: bool = False,
 ) -> list[Tensor]:
     """[d_hidden, d_weight, d_bias], an empty tensor where `need` says no. Not both of grad [N] and grad_stats [S, N] are None."""
-    problem = _problem(hidden, weight, max_scored, kept.shape[0] > 0, max_workspace_mb, need[0], need[1], routed)
+    problem = _problem(
+        hidden, weight, max_scored, kept.shape[0] > 0, max_workspace_mb, *need[:2], routed, hidden_in_forward
+    )
     transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature, order)
     token_grad = TokenGradient.of(grad, grad_stats, stats_values, _names(stats), weight.shape[0])
     module = select_backend(problem, backend)
@@ -122,7 +131,8 @@ def linear_logprob_backward(
 
 @linear_logprob_backward.register_fake
 def _(grad, grad_stats, hidden, weight, targets, bias, temperature, logprob, stats_values, lse, kept, constant_temperature,
-      logit_scale, softcap, ignore_index, max_scored, max_workspace_mb, need, stats, backend, order=None, routed=None):  # fmt: skip
+      logit_scale, softcap, ignore_index, max_scored, max_workspace_mb, need, stats, backend, order=None, routed=None,
+      hidden_in_forward=False):  # fmt: skip
     inputs = (hidden, weight, bias)
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
@@ -132,7 +142,8 @@ def _(grad, grad_stats, hidden, weight, targets, bias, temperature, logprob, sta
 
 def _save(ctx, inputs, output) -> None:
     (hidden, weight, targets, bias, temperature, ctx.constant_temperature, ctx.logit_scale, ctx.softcap,
-     ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, _, ctx.stats, _, ctx.backend, order, ctx.routed) = inputs  # fmt: skip
+     ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, _, ctx.stats, _, ctx.backend, order, ctx.routed,
+     ctx.hidden_in_forward) = inputs  # fmt: skip
     saved = _save_numbers(ctx, *output)
     ctx.save_for_backward(hidden, weight, targets, bias, temperature, order, *saved)
 
@@ -149,14 +160,14 @@ def _backward(ctx, grad_logprob, grad_stats, _grad_lse, _grad_kept):
     hidden, weight, targets, bias, temperature, order, logprob, stats_values, lse, kept = ctx.saved_tensors
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if grad_logprob is None and grad_stats is None:
-        return (None,) * 17
+        return (None,) * 18
     d_hidden, d_weight, d_bias = linear_logprob_backward(
         grad_logprob, grad_stats, hidden, weight, targets, bias, temperature, logprob, stats_values, lse, kept,
         ctx.constant_temperature, ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, need,
-        ctx.stats, ctx.backend, order, ctx.routed,
+        ctx.stats, ctx.backend, order, ctx.routed, ctx.hidden_in_forward,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (d if n else None for d, n in zip((d_hidden, d_weight, d_bias), need, strict=True))
-    return d_hidden, d_weight, None, d_bias, *[None] * 13
+    return d_hidden, d_weight, None, d_bias, *[None] * 14
 
 
 linear_logprob_forward.register_autograd(_backward, setup_context=_save)

@@ -21,13 +21,19 @@ class Plan:
     split: bool  # d_hidden and d_weight in two passes, each recomputing logits, because an fp32 d_hidden did not fit
     bytes: int
     units: float  # matrix work of forward and backward
+    hidden_in_forward: bool = False  # the forward prepares d_hidden, which the backward only scales
 
     def __str__(self) -> str:
         return (
             f"{self.backend}: {self.chunks} tiles of {self.token_tile} tokens x {self.vocab_tile} vocabulary rows, "
-            f"{self.kept_tokens} tokens keep their logits, {'two passes' if self.split else 'one pass'} backward, "
+            f"{self.kept_tokens} tokens keep their logits, {self._backward()} backward, "
             f"{self.bytes / MIB:.1f} MiB, {self.units:.2f} units"
         )
+
+    def _backward(self) -> str:
+        if self.hidden_in_forward:
+            return "forward prepares the"
+        return "two passes" if self.split else "one pass"
 
 
 def refuse_budget(max_workspace_mb: float, needed: int) -> ValueError:

@@ -13,7 +13,13 @@ def test_more_workspace_buys_less_work():
     assert 4.0 > small.units > middle.units > large.units == 3.0
     assert small.bytes < 64 << 20 < middle.bytes < 400 << 20
     assert plan(4096, 49152, 576).units == 4.0
-    assert plan(4096, 49152, 576, frozen_head=True).units == 3.0
+    frozen = plan(4096, 49152, 576, frozen_head=True)
+    assert (frozen.units, frozen.hidden_in_forward) == (2.0, True)
+    assert 4096 * 576 * 4 < frozen.bytes < 4096 * 576 * 4 + (64 << 20)
+    assert "forward prepares the backward" in str(frozen)
+    tight = plan(65536, 49152, 576, frozen_head=True, max_workspace_mb=64)  # no room for 144 MiB
+    assert tight.units > 2.9
+    assert not tight.hidden_in_forward
     assert plan(4096, 49152, 576, frozen_head=True, frozen_hidden=True).units == 1.0
 
 

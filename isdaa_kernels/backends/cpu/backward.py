@@ -10,6 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from isdaa_kernels.backends.cpu.frozen_head import hidden_gradient
 from isdaa_kernels.backends.cpu.plan import make_plan
 from isdaa_kernels.backends.cpu.routed import backward_routed
 from isdaa_kernels.backends.cpu.sums import BiasSum, HiddenSum, Upstream, WeightSum
@@ -41,6 +42,11 @@ def backward(
             return found
         kept_KV = kept_KV.new_empty(0, problem.V)  # what was kept are the blocks' log-sum-exps
         problem, transform = replace(problem, routed=None, keep_logits=False), replace(transform, order_V=None)
+    if make_plan(problem).hidden_in_forward:
+        d_hidden = hidden_gradient(
+            problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, logprob_N, kept_KV
+        )
+        return d_hidden, None, None
     sweep = _Sweep(problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV)
     if not sweep.plan.split:
         return sweep.run(problem.need_hidden, problem.need_weight, need_bias)

@@ -6,6 +6,7 @@ N tokens, D hidden size, V vocabulary, T tokens and C vocabulary rows of a tile,
 import torch
 from torch import Tensor
 
+from isdaa_kernels.backends.cpu.frozen_head import MeanWeight
 from isdaa_kernels.backends.cpu.plan import forward_spans, make_plan
 from isdaa_kernels.backends.cpu.tiles import (
     LEAST_HEIGHT,
@@ -47,6 +48,9 @@ def forward(
     kernels = RowKernels(transform, rows, targets_N, dtype)
     state = State(len(rows), problem.V, dtype, stats)
     buffer = torch.empty(max(tallest, LEAST_HEIGHT) * plan.vocab_tile, dtype=dtype)
+    mean_weight, scratch = None, buffer
+    if plan.hidden_in_forward:  # which needs the product as it is
+        mean_weight, scratch = MeanWeight(problem, kernels), torch.empty_like(buffer)
     for column, column_end in spans(problem.V, plan.vocab_tile):
         weight_CD = weight.load(column, column_end)
         kept_KC = kept_block(kept_KV, column, column_end)
@@ -56,6 +60,13 @@ def forward(
             torch.mm(hidden_TD, weight_CD.T, out=logits_TC)
             kept_TC = kept_KC[token:token_end] if token_end <= len(kept_KC) else None
             tile_TC = logits_TC[: token_end - token]
+            scratch_TC = scratch[: tile_TC.numel()].view(tile_TC.shape)
             blocks = None if block_lse_BN is None else block_lse_BN[column // block :, token:token_end]
-            kernels.forward_tile(tile_TC, None, tile_TC, token, column, state, kept_TC, blocks, block)
-    return *finish(state, rows, len(targets_N), dtype), kept_KV if block_lse_BN is None else block_lse_BN
+            old_max_T = state.max_N[token:token_end].clone()
+            kernels.forward_tile(tile_TC, None, scratch_TC, token, column, state, kept_TC, blocks, block)
+            if mean_weight is not None:
+                mean_weight.add(token, column, tile_TC, scratch_TC, weight_CD, old_max_T, state)
+    kept = kept_KV if block_lse_BN is None else block_lse_BN
+    if mean_weight is not None:
+        kept = mean_weight.finish(state)
+    return *finish(state, rows, len(targets_N), dtype), kept

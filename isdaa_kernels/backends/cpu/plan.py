@@ -30,8 +30,12 @@ def make_plan(problem: Problem) -> Plan:
     two passes, and how many logits are kept. Routed: the workspace comes on top of the blocks' log-sum-exps, and `units` is the most it
     can cost."""
     columns = vocab_tile(problem)
-    accumulator = _hidden_accumulator_bytes(problem)
     budget = float("inf") if problem.max_workspace_mb is None else problem.max_workspace_mb * MIB
+    if problem.hidden_in_forward and problem.keep_logits:
+        prepared = _plan_hidden_in_forward(problem, columns, budget)
+        if prepared is not None:
+            return prepared
+    accumulator = _hidden_accumulator_bytes(problem)
     tokens = _token_tile(problem, columns, budget - accumulator)
     split = tokens is None and problem.routed is None
     if split:
@@ -58,6 +62,19 @@ def make_plan(problem: Problem) -> Plan:
         bytes=fixed + kept * row,
         units=1.0 + work + passes * (1 - kept / max(problem.N, 1)) * (work > 0),
     )
+
+
+def _plan_hidden_in_forward(problem: Problem, columns: int, budget: float) -> Plan | None:
+    """The mean weight row of each token waits for the backward, D numbers a token, and no logits are recomputed."""
+    size = problem.compute_dtype.itemsize
+    for tokens in BACKWARD_TOKENS:
+        tokens = min(tokens, problem.N)
+        scratch = _scratch_bytes(problem, columns, tokens) + max(tokens, LEAST_HEIGHT) * columns * size
+        needed = scratch + problem.N * problem.D * size
+        if needed <= budget:
+            chunks = ceil_div(problem.V, columns)
+            return Plan("cpu", tokens, columns, chunks, 0, False, needed, 2.0, hidden_in_forward=True)
+    return None
 
 
 def forward_spans(N: int, plan: Plan, dtype: torch.dtype) -> list[tuple[int, int]]:

@@ -78,7 +78,7 @@ class RowKernels:
 
     def __init__(self, transform: Transform, rows_N: Tensor, targets_N: Tensor, dtype: torch.dtype):
         self.transform = transform
-        self.size = dtype.itemsize
+        self.dtype, self.size = dtype, dtype.itemsize
         self.suffix = str(dtype).removeprefix("torch.")
         self.bias_V = None if transform.bias_V is None else transform.in_order(transform.bias_V).to(dtype).contiguous()
         inverse = transform.inverse_temperature(rows_N, dtype)
@@ -90,6 +90,11 @@ class RowKernels:
         }
         self.targets_N = transform.placed(targets_N.index_select(0, rows_N))
         self.threads = torch.get_num_threads()
+
+    def slope(self) -> Tensor:
+        """dz / d(product) of each token, where there is no softcap."""
+        inverse = self.head["constant_inverse_temperature"] if self.inverse_N is None else self.inverse_N
+        return torch.ones(len(self.targets_N), dtype=self.dtype).mul_(self.head["logit_scale"]).mul_(inverse)
 
     def _tile(self, token: int, column: int, target_T: Tensor) -> dict:
         return {
