@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.problem import Problem
-from isdaa_kernels import linear_logprob
+from isdaa_kernels import Routed, linear_logprob, make_vocab_order
 from isdaa_kernels.linear_preference_loss import linear_preference_loss
 from isdaa_kernels.testing import dense_logprob
 
@@ -33,6 +33,7 @@ class Contender:
     needs: str | None = None  # "module:attribute" that must be importable
     objective: str | None = None  # of the pair table; "sum": minus the sum of all log-probs; None: every token's
     note: str = ""
+    bar: float | None = None  # error it may have, where it leaves something out on purpose; None: that of its dtype
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -106,6 +107,12 @@ def ours(**options: object) -> Callable[[Problem], Function]:
         return lambda hidden_ND, weight_VD: linear_logprob(hidden_ND, weight_VD, problem.targets_N, **options)
 
     return prepare
+
+
+def ours_routed(problem: Problem) -> Function:
+    """The order of the vocabulary is made beforehand, as a trainer makes it once in many steps."""
+    order = make_vocab_order(problem.weight_VD, problem.hidden_ND[:256])
+    return ours(gradient=Routed(), vocab_order=order)(problem)
 
 
 def room_mb(problem: Problem) -> float:
@@ -189,6 +196,7 @@ CONTENDERS = (
     ),
     Contender("ours", "isdaa", ours(), note="linear_logprob, default workspace"),
     Contender("ours, room for all logits", "isdaa_room", ours_room, note="max_workspace_mb above N * V * 4 bytes"),
+    Contender("ours, routed", "isdaa_routed", ours_routed, note="gradient=Routed(), vocabulary in order", bar=1e-2),
     Contender("ours, reference backend", "isdaa_reference", ours(backend="reference"), note="plain PyTorch in chunks"),
     Contender("dense PyTorch DPO", "torch", dpo_of(dense), objective="dpo"),
     Contender("TRL chunked DPO", "trl", dpo_of(trl), TRL, "dpo", note="DPO around ChunkedLogProbFunction"),

@@ -82,6 +82,6 @@ def red(contender: Contender, problem: Problem, mode: str, outcome: Outcome, fou
         return f"{contender.name}: expected {sorted(expected)}, got {sorted(found)}"
     if outcome.value.shape != (problem.targets_N.shape if contender.objective is None else ()):
         return f"{contender.name}: value of shape {list(outcome.value.shape)}"
-    bar = TOLERANCE[problem.hidden_ND.dtype]
+    bar = contender.bar or TOLERANCE[problem.hidden_ND.dtype]
     wrong = [f"{name} off by {error:.1e}" for name, error in found.items() if not error <= bar]
     return f"{contender.name}: {', '.join(wrong)} (bar {bar:.0e})" if wrong else None
