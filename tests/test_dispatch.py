@@ -60,7 +60,7 @@ def test_a_gpu_gets_the_triton_backend():
         ({"hidden_dtype": torch.float64}, "takes float16, bfloat16 and float32, not hidden in torch.float64"),
         ({"weight_dtype": torch.float64}, "not weight in torch.float64"),
         ({"device_type": "mps", "arch": None}, "takes tensors on NVIDIA and AMD GPUs, not on mps"),
-        ({"routed": Routed()}, "makes exact gradients only, no routed ones"),
+        ({"routed": Routed(block=32)}, "routes blocks of 64, 128, 256 vocabulary rows, not of 32"),
     ],
 )
 def test_refusals_of_the_triton_backend(change, sentence):

@@ -1,8 +1,9 @@
 """Triton kernels for NVIDIA (from sm_80 on) and AMD (CDNA) GPUs: `pip install` is all they need.
 
 A tile of logits stays in registers: the forward folds it into partial log-sum-exps, the backward turns it into a chunk of gradients
-whose two products go to the library. Tokens without a target are compacted on the device; the host never waits for it. No atomics, no
-locks: every sum has one order. With TRITON_INTERPRET=1 (Triton's own switch) the kernels run on CPU tensors, slowly, for tests.
+whose two products go to the library; where gradients are routed, grouped products follow lists that the device itself writes. Tokens
+without a target are compacted on the device; the host never waits for it. No atomics, no locks: every sum has one order. With
+TRITON_INTERPRET=1 (Triton's own switch) the kernels run on CPU tensors, slowly, for tests.
 """
 
 from importlib import import_module
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 import torch
 
 from isdaa_kernels.backends.triton.plan import make_plan
+from isdaa_kernels.backends.triton.routed_tiles import BLOCKS
 from isdaa_kernels.backends.triton.tile_config import family, known_archs
 from isdaa_kernels.dispatch import Problem
 
@@ -59,8 +61,8 @@ def refusal(problem: Problem) -> str | None:
     for name, dtype in (("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)):
         if dtype not in _DTYPES:
             return f"takes float16, bfloat16 and float32, not {name} in {dtype}"
-    if problem.routed is not None:
-        return "makes exact gradients only, no routed ones"
+    if problem.routed is not None and problem.routed.block not in BLOCKS:
+        return f"routes blocks of {', '.join(map(str, BLOCKS))} vocabulary rows, not of {problem.routed.block}"
     if problem.device_type != "cuda":
         missing = _missing()
         if problem.device_type == "cpu" and missing is None and interpreting():

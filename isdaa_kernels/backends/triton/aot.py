@@ -18,42 +18,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
+from isdaa_kernels.backends.triton import aot_routed
+from isdaa_kernels.backends.triton.aot_variants import (
+    Variant,
+    full_set,
+    small_routed_set,
+    small_set,
+)
 from isdaa_kernels.backends.triton.plan import FOLD_ROWS, GRADIENT_COLUMNS, GRADIENT_ROWS, LOGITS_TILE
 from isdaa_kernels.backends.triton.tile_config import TileConfig, choose_tile_config
 from isdaa_kernels.dispatch import Problem
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 INSTRUCTION = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel as one kind of call uses it. `rich`: bias and softcap; `stats`: every statistic, and their gradients."""
-
-    kernel: str
-    arch: str
-    dtype: str = "bf16"
-    rich: bool = False
-    stats: bool = False
-    even: bool = True  # sizes that are multiples of the tile
-    aligned: bool = True  # rows of weight on 16-byte borders
-
-    def __str__(self) -> str:
-        marks = [
-            m
-            for m, on in (
-                ("rich", self.rich),
-                ("stats", self.stats),
-                ("ragged", not self.even),
-                ("unaligned", not self.aligned),
-            )
-            if on
-        ]
-        return " ".join([self.kernel, self.arch, self.dtype, *marks])
+_MATRIX = ("linear_logprob_forward", "linear_logprob_backward", *aot_routed.PRODUCTS)
 
 
 @dataclass
@@ -66,42 +44,9 @@ class Report:
     faults: list[str] = field(default_factory=list)
 
 
-def small_set() -> list[Variant]:
-    """What CI compiles: both fused kernels at both ends of what a head can ask, and each of the others on one architecture at least."""
-    fused = [
-        Variant(kernel, arch, rich=rich, stats=rich)
-        for arch in ARCHS
-        for kernel in ("linear_logprob_forward", "linear_logprob_backward")
-        for rich in (False, True)
-    ]
-    others = [Variant("fold_logits", "sm_90", stats=True), Variant("gradient_logits", "sm_90", stats=True)]
-    others += [Variant("gradient_logits", "gfx942", rich=True), Variant("combine", "sm_90", stats=True)]
-    others += [Variant("token", "gfx942", rich=True, stats=True), Variant("finish_hidden", "sm_80")]
-    return [*fused, *others, Variant("finish_weight", "sm_100"), Variant("gather", "sm_80")]
-
-
-def full_set() -> list[Variant]:
-    sizes = ((True, True), (False, True), (False, False))
-    flags = [(rich, stats, *size) for rich in (False, True) for stats in (False, True) for size in sizes]
-    fused = [
-        Variant(kernel, arch, dtype, *flag)
-        for arch in (*ARCHS, "sm_86")
-        for kernel in ("linear_logprob_forward", "linear_logprob_backward")
-        for dtype in _TORCH
-        for flag in flags
-    ]
-    others = [
-        Variant(kernel, arch, dtype, rich, stats)
-        for arch in (*ARCHS, "sm_86")
-        for kernel in ("fold_logits", "gradient_logits", "combine", "token", "finish_hidden", "finish_weight", "gather")
-        for dtype in _TORCH
-        for rich, stats in ((False, False), (True, True))
-    ]
-    return fused + others
-
-
 def tile_of(variant: Variant) -> TileConfig:
-    problem = Problem("cuda", _TORCH[variant.dtype], _TORCH[variant.dtype], 8192, 4096, 128256, arch=variant.arch)
+    dtype = aot_routed.DTYPES[variant.dtype]
+    problem = Problem("cuda", dtype, dtype, 8192, 4096, 128256, arch=variant.arch)
     kernel = "backward" if variant.kernel.endswith("backward") else "forward"
     kind = "rich" if variant.rich else "plain"
     return choose_tile_config(problem, variant.arch, kernel, kind if variant.aligned else "unaligned")
@@ -130,17 +75,20 @@ def _faults(report: Report) -> list[str]:
     found = [f"spills {report.spilled} bytes"] if report.spilled else []
     if report.shared > SHARED_LIMIT[arch]:
         found.append(f"{report.shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
-    if report.variant.kernel.startswith("linear_logprob") and not report.instruction:
+    matrix = report.variant.kernel in _MATRIX and report.variant.dtype != "fp32"
+    if matrix and not report.instruction:
         found.append(f"no {INSTRUCTION[arch]}")
     return found
 
 
 def _source(variant: Variant):
     """(kernel, signature, constants, options) of a variant: types go by the names of the arguments, which are the same everywhere."""
-    from isdaa_kernels.backends.triton.kernels import logits, products, tokens
+    from isdaa_kernels.backends.triton.kernels import logits, products, rest, routed, routes, tokens
 
     name = f"{variant.kernel}_kernel"
-    kernel = next(getattr(module, name) for module in (products, logits, tokens) if hasattr(module, name))
+    kernel = next(
+        getattr(module, name) for module in (products, logits, tokens, routes, routed, rest) if hasattr(module, name)
+    )
     tile = tile_of(variant)
     fused = variant.kernel.startswith("linear_logprob")
     tma = fused and tile.tma
@@ -148,16 +96,26 @@ def _source(variant: Variant):
     if tma:
         types["hidden"] = f"tensordesc<{variant.dtype}[{tile.M},{tile.K}]>"
         types["weight"] = f"tensordesc<{variant.dtype}[{tile.N},{tile.K}]>"
-    constants = {**_flags(variant), **(_tile_constants(tile, variant, tma) if fused else _shape(variant))}
-    constants |= {name: None for name, flag in _OPTIONAL.items() if not constants.get(flag, True)}
+    shape = _tile_constants(tile, variant, tma) if fused else _shape(variant)
+    routed_constants = aot_routed.constants(variant.kernel, variant.arch, variant.dtype, variant.block, variant.rich)
+    constants = {**_flags(variant), **routed_constants, **shape}
+    constants |= {
+        name: None
+        for name, flag in (_OPTIONAL | aot_routed.optional(variant.kernel)).items()
+        if not constants.get(flag, True)
+    }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     if variant.aligned:
         constants |= {name: 1 for name in ("stride_weight_d", "stride_v", "stride_d") if name in kernel.arg_names}
+    forgotten = [p.name for p in kernel.params if p.is_constexpr and p.name not in constants]
+    assert not forgotten, f"{variant}: no value for {forgotten}"
     signature = {
         name: "constexpr" if name in constants else types.get(name, "fp32" if name in _FLOATS else "i32")
         for name in kernel.arg_names
     }
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} if fused else {"num_warps": 4}
+    options = aot_routed.options(variant.kernel, variant.arch, variant.dtype, variant.block)
+    if fused:
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return kernel, signature, constants, options
 
 
@@ -180,7 +138,7 @@ def _pointers(variant: Variant) -> dict[str, str]:
     types |= dict.fromkeys(names, fp32)
     types["out"] = fp32 if variant.kernel == "token" else own
     types["logits"] = own if variant.kernel == "gradient_logits" else fp32
-    return types
+    return types | aot_routed.pointers(variant.kernel, own)
 
 
 def _flags(variant: Variant) -> dict[str, bool]:
@@ -205,13 +163,25 @@ def _shape(variant: Variant) -> dict[str, int]:
         "combine": {"M": 8, "SLOTS": 64}, "token": {"M": 128}, "finish_hidden": {"M": 16, "K": 256},
         "finish_weight": {"R": 16, "M": 16, "K": 256}, "gather": {"M": 16, "K": 256},
     }  # fmt: skip
-    return shapes[variant.kernel]
+    return shapes.get(variant.kernel, {})
 
 
 def _divisible(name: str, kind: str, variant: Variant) -> bool:
     if kind.startswith("*"):
         return variant.aligned or name != "weight"
-    sizes = ("D", "V", "T", "begin", "end", "stride_hidden", "stride_weight_v", "stride_out", "stride_sums", "stride_n")
+    sizes = (
+        "D",
+        "V",
+        "T",
+        "begin",
+        "end",
+        "stride_hidden",
+        "stride_weight_v",
+        "stride_out",
+        "stride_sums",
+        "stride_n",
+        "C",
+    )
     return kind == "i32" and name in sizes and (variant.aligned or name in ("T", "stride_hidden", "stride_out"))
 
 
@@ -241,7 +211,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file of the reports")
     options = parser.parse_args(arguments)
-    variants = [v for v in (full_set() if options.all else small_set()) if not options.arch or v.arch in options.arch]
+    chosen = full_set() if options.all else small_set() + small_routed_set()
+    variants = [v for v in chosen if not options.arch or v.arch in options.arch]
     reports = []
     with ProcessPoolExecutor(options.jobs) as pool:
         for report in pool.map(compile_variant, variants):

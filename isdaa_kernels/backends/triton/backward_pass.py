@@ -20,6 +20,7 @@ from isdaa_kernels.backends.triton.plan import (
     make_plan,
     product_dtype,
 )
+from isdaa_kernels.backends.triton.routed_pass import backward_routed
 from isdaa_kernels.backends.triton.slabs import (
     OPTIONS,
     Head,
@@ -51,6 +52,9 @@ def backward(
     kept_KV: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if problem.routed is not None:
+        inputs = (hidden_ND, weight_VD, targets_N, transform, ignore_index, logprob_N, lse_N)
+        return backward_routed(problem, grad, *inputs, log_mass_BN=kept_KV, need_bias=need_bias)
     with on(hidden_ND.device):
         live = LiveTokens((targets_N != ignore_index) & grad.active(), problem.N)
         targets_N = clean_targets(targets_N, problem.V)

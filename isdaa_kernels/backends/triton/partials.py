@@ -7,7 +7,9 @@ import torch
 import triton
 from torch import Tensor
 
+from isdaa_kernels.backends.triton.kernels.routes import block_mass_kernel
 from isdaa_kernels.backends.triton.kernels.tokens import combine_kernel
+from isdaa_kernels.backends.triton.routed_tiles import MASS_TOKENS
 from isdaa_kernels.backends.triton.slabs import OPTIONS, LiveTokens
 from isdaa_kernels.stats import StatsRequest
 
@@ -34,8 +36,13 @@ class Partials:
             "target_logit": torch.empty(T, dtype=torch.float32, device=device),
         }
 
-    def arguments(self) -> dict:
-        return {**self.tensors, "ENTROPY": self.entropy, "TOTAL": self.total, "SQUARES": self.squares}
+    def arguments(self, slot: int = 0) -> dict:
+        """Those of a fold whose first tile is `slot`."""
+        tensors = {
+            name: tensor[slot:] if tensor is not None and tensor.dim() == 2 else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return {**tensors, "ENTROPY": self.entropy, "TOTAL": self.total, "SQUARES": self.squares}
 
     def combine(
         self, targets_T: Tensor, live: LiveTokens, first: int, V: int, logprob_N: Tensor, lse_N: Tensor, stats_SN
@@ -46,6 +53,14 @@ class Partials:
             lse_stat=rows.get("lse"), mean_logit=rows.get("mean_logit"), log_sum_sq=rows.get("log_sum_sq_prob"),
             is_top1=rows.get("is_top1"), first=first, T=self.T, V=V, B=self.slots, LSE="lse" in rows, TOP1="is_top1" in rows,
             M=_COMBINE_TOKENS, SLOTS=_COMBINE_SLOTS, **self.arguments(), **OPTIONS,
+        )  # fmt: skip
+
+    def write_masses(self, live: LiveTokens, first: int, lse_N: Tensor, slots: int, log_mass_BN: Tensor) -> None:
+        """log_mass_BN of the slab's tokens, from `slots` partial results a block; after `combine`."""
+        B, N = log_mass_BN.shape
+        block_mass_kernel[(triton.cdiv(self.T, MASS_TOKENS), B)](
+            self.tensors["partial_max"], self.tensors["partial_sum"], live.rows_M, live.count, lse_N, log_mass_BN, first, self.T,
+            self.slots, N, SLOTS=slots, M=MASS_TOKENS, **OPTIONS,
         )  # fmt: skip
 
 

@@ -5,6 +5,13 @@ N tokens, D hidden size, V vocabulary, T tokens of a slab, C vocabulary rows of 
 
 import torch
 
+from isdaa_kernels.backends.triton.routed_tiles import (
+    SLOT_COLUMNS,
+    SLOT_ROWS,
+    RoutedTiles,
+    choose_routed_tiles,
+    routed_bytes,
+)
 from isdaa_kernels.backends.triton.tile_config import TileConfig, choose_tile_config
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
@@ -17,10 +24,13 @@ CHUNK_COLUMNS = (16384, 8192, 4096, 2048, 1024)
 FOLD_ROWS, LOGITS_TILE = 4, 2048
 GRADIENT_ROWS, GRADIENT_COLUMNS = 16, 512
 TOKEN_ROWS = 10  # fp32 numbers that `token_kernel` writes for each token of a slab
+ORDER_ROWS = 8192  # of the head that a fused forward gathers into the order of the blocks at once
 WEIGHT_ROWS = 2048  # of d_weight that one slab finishes at once, while their fp32 sums are in the cache
 _TOKEN_BYTES = (
     56  # a token of the call: log-sum-exp, log-prob, coefficient, target, index, slot, place in the order of targets
 )
+_ROUTED_BYTES = 40  # besides, where gradients are routed: size of the coefficient, block and place of the target, what they are made of
+_ORDER_BYTES = 32  # a vocabulary row: its place in the order of the blocks, bias in that order, mean distribution, sum for the bias
 _PARTIAL_BYTES = 24  # a token and slot: maximum, fp64 sum, three statistics
 
 
@@ -52,28 +62,42 @@ def arch_of(problem: Problem) -> str:
 
 
 def forward_shape(problem: Problem) -> tuple[int, int]:
-    """(tokens, columns) of the forward's products. The library's depend on the vocabulary and the device alone, and so do the bits of
-    what comes out; a fused tile does not see the others of its slab, which is as large as the workspace allows."""
+    """(tokens, columns) of the forward's products; a fused one takes all columns unless they are gathered into an order. The library's
+    depend on the vocabulary and the device alone, and so do the bits of what comes out; a fused tile does not see the others of its
+    slab, which is as large as the workspace allows."""
     if choose_products(problem) == "library":
         return (32, LOGITS_TILE) if arch_of(problem) == "interpreter" else (1024, min(8192, problem.V))
-    budget = _budget(problem) - problem.N * _TOKEN_BYTES
+    budget = _budget(problem) - _fixed_bytes(problem)
     slabs = [T for T in _slabs(problem) if T <= _FORWARD_TOKENS] or _slabs(problem)[-1:]
-    return next((T for T in slabs if _forward_bytes(problem, T, problem.V) <= budget), slabs[-1]), problem.V
+    columns = problem.V if problem.routed is None else min(ORDER_ROWS, problem.V)
+    return next((T for T in slabs if _forward_bytes(problem, T, columns) <= budget), slabs[-1]), columns
+
+
+def fold_shape(problem: Problem) -> tuple[int, int]:
+    """Rows and columns of a tile of the library's logits that is folded at once."""
+    return (FOLD_ROWS, LOGITS_TILE) if problem.routed is None else (SLOT_ROWS, SLOT_COLUMNS)
 
 
 def fold_slots(problem: Problem, tile: TileConfig) -> int:
     """Partial results of each token: one a piece of a tile of vocabulary."""
     if choose_products(problem) == "library":
-        return ceil_div(problem.V, LOGITS_TILE)
+        return ceil_div(problem.V, fold_shape(problem)[1])
     return ceil_div(problem.V, tile.N) * tile.pieces
+
+
+def routed_tiles(problem: Problem) -> RoutedTiles:
+    return choose_routed_tiles(problem.routed.block, product_dtype(problem), arch_of(problem))
 
 
 def make_plan(problem: Problem) -> Plan:
     """The slabs and chunks that move the fewest bytes of those that fit. d_hidden and d_weight together: vocabulary chunks outside,
     every d_weight chunk finished once, d_hidden summed in fp32 beside it (4 D bytes a token); where that does not fit, two passes,
-    which recompute the logits twice. Without `max_workspace_mb` nothing is refused."""
+    which recompute the logits twice. Without `max_workspace_mb` nothing is refused.
+
+    Routed gradients are made in one pass, with vocabulary chunks outside. `units` counts every pair of token and block as routed: it is
+    the most that a call can cost. The blocks' masses and the routes, 5 bytes a token and block, are not counted in `bytes`."""
     limited = problem.max_workspace_mb is not None
-    both = problem.need_hidden and problem.need_weight
+    both = problem.need_hidden and problem.need_weight and problem.routed is None
     shapes = [(T, C) for T in _slabs(problem) for C in _chunks(problem)]
     one_pass = [
         s
@@ -103,7 +127,8 @@ def make_plan(problem: Problem) -> Plan:
 
 def weight_rows(problem: Problem, T: int, C: int) -> int:
     """Rows of the fp32 sums of d_weight: few where one slab makes them whole, else a chunk that waits for the other slabs."""
-    return min(C, WEIGHT_ROWS) if T >= problem.N else C
+    block = 1 if problem.routed is None else problem.routed.block
+    return min(C, max(WEIGHT_ROWS // block, 1) * block) if T >= problem.N else C
 
 
 def _budget(problem: Problem) -> float:
@@ -118,7 +143,8 @@ def _slabs(problem: Problem) -> list[int]:
 
 
 def _chunks(problem: Problem) -> list[int]:
-    return sorted({min(C, problem.V) for C in CHUNK_COLUMNS}, reverse=True)
+    block = 1 if problem.routed is None else problem.routed.block  # no block lies in two chunks
+    return sorted({min(ceil_div(C, block) * block, problem.V) for C in CHUNK_COLUMNS}, reverse=True)
 
 
 def _traffic(problem: Problem, T: int, C: int) -> tuple[float, int]:
@@ -130,15 +156,21 @@ def _traffic(problem: Problem, T: int, C: int) -> tuple[float, int]:
 
 
 def _sums(problem: Problem, T: int) -> int:
-    """fp32 d_hidden of all slabs, where one pass makes it beside d_weight."""
-    both = problem.need_hidden and problem.need_weight
-    return ceil_div(problem.N, T) * T * problem.D * 4 if both else 0
+    """fp32 d_hidden of all slabs, where one pass makes it beside d_weight, or where it is routed."""
+    all_slabs = problem.need_hidden and (problem.need_weight or problem.routed is not None)
+    return ceil_div(problem.N, T) * T * problem.D * 4 if all_slabs else 0
 
 
 def _bytes(problem: Problem, T: int, C: int, split: bool) -> int:
     backward = _backward_bytes(problem, T, C, split) if problem.need_hidden or problem.need_weight else 0
     backward += 0 if split else _sums(problem, T)
-    return problem.N * _TOKEN_BYTES + max(_forward_bytes(problem, *forward_shape(problem)), backward)
+    return _fixed_bytes(problem) + max(_forward_bytes(problem, *forward_shape(problem)), backward)
+
+
+def _fixed_bytes(problem: Problem) -> int:
+    if problem.routed is None:
+        return problem.N * _TOKEN_BYTES
+    return problem.N * (_TOKEN_BYTES + _ROUTED_BYTES) + problem.V * _ORDER_BYTES
 
 
 def _forward_bytes(problem: Problem, T: int, C: int) -> int:
@@ -146,16 +178,26 @@ def _forward_bytes(problem: Problem, T: int, C: int) -> int:
     tile = choose_tile_config(problem, arch_of(problem))
     numbers = T * (problem.D + 8) * size + T * fold_slots(problem, tile) * _PARTIAL_BYTES
     if choose_products(problem) == "library":
-        numbers += T * C * 4 + (C * problem.D * 4 if problem.weight_dtype != torch.float32 else 0)
+        copied = problem.weight_dtype != torch.float32 or problem.routed is not None
+        numbers += T * C * 4 + (C * (problem.D + 8) * 4 if copied else 0)
+    elif problem.routed is not None:
+        numbers += C * (problem.D + 8) * size
     return numbers
 
 
 def _backward_bytes(problem: Problem, T: int, C: int, split: bool) -> int:
     size, fused = product_dtype(problem).itemsize, choose_products(problem) == "fused"
-    numbers = T * C * size + T * (problem.D + 8) * size + T * (TOKEN_ROWS + 4) * 4
-    numbers += ceil_div(T, 128 if fused else GRADIENT_ROWS) * C * 4 + 8 * problem.V  # sums for the bias
+    numbers = T * (problem.D + 8) * size + T * (TOKEN_ROWS + 4) * 4
+    if problem.routed is not None:
+        numbers += routed_bytes(problem.routed, routed_tiles(problem), T, C, problem.D, problem.V, size)
+    else:
+        numbers += (
+            T * C * size + ceil_div(T, 128 if fused else GRADIENT_ROWS) * C * 4 + 8 * problem.V
+        )  # sums for the bias
     if problem.need_weight:
         numbers += weight_rows(problem, T, C) * problem.D * 4 + problem.V * 4
+    if problem.routed is not None:
+        return numbers
     if problem.need_hidden and (split or not problem.need_weight):
         numbers += T * problem.D * 4
     if not fused and problem.weight_dtype != torch.float32:

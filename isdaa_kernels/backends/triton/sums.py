@@ -3,6 +3,8 @@
 T tokens of a slab, C vocabulary rows of a chunk, D hidden size, V vocabulary, M tokens that may be live.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -44,15 +46,7 @@ class HiddenSum:
         sum_TD = self.sum_ND if self.one_slab else self.sum_ND[slab.first : slab.first + len(g_TC)]
         (product if chunk.is_first else accumulate)(g_TC, chunk.weight_CD, sum_TD)
         if chunk.is_last:
-            self._write(slab, sum_TD)
-
-    def _write(self, slab, sum_TD: Tensor) -> None:
-        T, D = sum_TD.shape
-        weight_VD, live = self.sweep.weight_VD, self.sweep.live
-        finish_hidden_kernel[(triton.cdiv(T, _ROWS), triton.cdiv(D, _COLUMNS))](
-            sum_TD, slab.tokens, slab.targets_T, weight_VD, live.rows_M, live.count, self.out_ND, slab.first, T, D,
-            len(weight_VD), sum_TD.stride(0), *weight_VD.stride(), M=_ROWS, K=_COLUMNS, **OPTIONS,
-        )  # fmt: skip
+            finish_hidden_rows(self.sweep, slab, sum_TD, self.out_ND)
 
     def finish(self) -> Tensor:
         return self.out_ND
@@ -83,30 +77,57 @@ class WeightSum:
 
 
 class BiasSum:
-    """d_bias: as d_weight with one hidden feature, which is 1 for every token."""
+    """d_bias."""
 
     def __init__(self, sweep):
         self.sweep = sweep
         device = sweep.hidden_ND.device
         self.sum_V = torch.zeros(sweep.problem.V, dtype=torch.float32, device=device)
-        self.one_ND = torch.ones(1, device=device).expand(len(sweep.hidden_ND), 1)
 
     def add(self, slab, chunk, g_TC: Tensor, bias_sums: Tensor) -> None:
         self.sum_V[slice(*chunk.span)] += bias_sums.sum(0)
 
     def finish(self) -> Tensor:
-        bias_V = self.sweep.head.bias_V
-        out_V1 = torch.zeros(len(bias_V), 1, dtype=bias_V.dtype, device=bias_V.device)
-        if self.sweep.live.capacity:
-            finish_rows(self.sweep, self.one_ND, self.sum_V[:, None], 0, out_V1)
-        return out_V1[:, 0]
+        return finish_bias(self.sweep, self.sum_V)
 
 
-def finish_rows(sweep, hidden_ND: Tensor, sum_CD: Tensor, begin: int, out_VD: Tensor) -> None:
+@dataclass(frozen=True)
+class Rest:
+    """What a routed backward adds as rows of d_weight are finished: each block's mean distribution times the sum of what it stands for.
+    The sums are in the order of the blocks, the rows that they become are `order_V` of it."""
+
+    mean_V: Tensor
+    sum_BD: Tensor
+    order_V: Tensor | None
+    block: int
+
+
+def finish_hidden_rows(sweep, slab, sum_TD: Tensor, out_ND: Tensor) -> None:
+    T, D = sum_TD.shape
+    weight_VD, live = sweep.weight_VD, sweep.live
+    finish_hidden_kernel[(triton.cdiv(T, _ROWS), triton.cdiv(D, _COLUMNS))](
+        sum_TD, slab.tokens, slab.targets_T, weight_VD, live.rows_M, live.count, out_ND, slab.first, T, D, len(weight_VD),
+        sum_TD.stride(0), *weight_VD.stride(), M=_ROWS, K=_COLUMNS, **OPTIONS,
+    )  # fmt: skip
+
+
+def finish_bias(sweep, sum_V: Tensor, rest: Rest | None = None) -> Tensor:
+    """As d_weight with one hidden feature, which is 1 for every token."""
+    bias_V = sweep.head.bias_V
+    out_V1 = torch.zeros(len(bias_V), 1, dtype=bias_V.dtype, device=bias_V.device)
+    if sweep.live.capacity:
+        one_ND = torch.ones(1, device=bias_V.device).expand(len(sweep.hidden_ND), 1)
+        finish_rows(sweep, one_ND, sum_V[:, None], 0, out_V1, rest)
+    return out_V1[:, 0]
+
+
+def finish_rows(sweep, hidden_ND: Tensor, sum_CD: Tensor, begin: int, out_VD: Tensor, rest: Rest | None = None) -> None:
     C, D = sum_CD.shape
     K = min(_COLUMNS, max(16, triton.next_power_of_2(D)))
-    order = sweep.order
+    order, vocab_order = sweep.order, None if rest is None else rest.order_V
+    mean, sums, block = (None, None, 1) if rest is None else (rest.mean_V, rest.sum_BD, rest.block)
     finish_weight_kernel[(triton.cdiv(C, _ROWS), triton.cdiv(D, K))](
         sum_CD, order.order_M, order.starts, order.targets_M, sweep.live.rows_M, order.entry_M, hidden_ND, sweep.upstream.top,
-        out_VD, begin, C, D, sum_CD.stride(0), *hidden_ND.stride(), sweep.upstream.shift, R=_ROWS, M=_TOKENS, K=K, **OPTIONS,
+        out_VD, mean, sums, vocab_order, begin, C, D, sum_CD.stride(0), *hidden_ND.stride(), sweep.upstream.shift,
+        REST=rest is not None, ORDER=vocab_order is not None, BLOCK=block, R=_ROWS, M=_TOKENS, K=K, **OPTIONS,
     )  # fmt: skip

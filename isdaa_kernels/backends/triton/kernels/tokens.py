@@ -212,10 +212,16 @@ def finish_hidden_kernel(
 
 @triton.jit
 def finish_weight_kernel(
-    sums, order, starts, targets, rows, weight_entry, hidden, top, d_weight, begin, C, D, stride_sums, stride_n, stride_d, shift,
-    R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    sums, order, starts, targets, rows, weight_entry, hidden, top, d_weight,
+    mean, rest,  # fp32 [V], [B, D], or None
+    vocab_order,  # int64 [V] or None
+    begin, C, D, stride_sums, stride_n, stride_d, shift,
+    REST: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """d_weight[begin + c] = (sums[c] + sum of entry * hidden over the tokens whose target is begin + c) * 2 ** (top - shift).
+
+    REST adds mean[begin + c] * rest[its block of BLOCK rows], what a routed backward did not recompute. ORDER: begin + c is a place in
+    the order of the blocks, the row is vocab_order[begin + c].
 
     `order` lists the tokens by target, `targets` theirs in that order, `starts` where each vocabulary row begins in it: every sum has
     one order, without atomics. R rows at once, as a product of their tokens' entries [R, M] with hidden [M, K].
@@ -238,6 +244,12 @@ def finish_weight_kernel(
         h_MK = tl.load(hidden_MK, mask=here_M[:, None] & (d_K < D)[None, :], other=0.0).to(tl.float32)
         entry_RM = tl.where((begin + c_R)[:, None] == row_M[None, :], entry_M[None, :], 0.0)
         x_RK = tl.dot(entry_RM, h_MK, x_RK, input_precision="ieee")
+    if REST:  # R divides BLOCK: the rows of a program share one
+        rest_K = tl.load(rest + ((begin + first) // BLOCK).to(tl.int64) * D + d_K, mask=d_K < D, other=0.0)
+        x_RK += tl.load(mean + begin + c_R, mask=c_R < C, other=0.0)[:, None] * rest_K[None, :]
     x_RK = scale_by_power(x_RK, tl.load(top) - shift)
-    place_RK = (begin + c_R).to(tl.int64)[:, None] * D + d_K[None, :]
+    row_R = (begin + c_R).to(tl.int64)
+    if ORDER:
+        row_R = tl.load(vocab_order + row_R, mask=c_R < C, other=0)
+    place_RK = row_R[:, None] * D + d_K[None, :]
     tl.store(d_weight + place_RK, narrow(x_RK, d_weight.dtype.element_ty), mask=mask_RK)

@@ -1,0 +1,81 @@
+"""The routing plan, made and kept on the device: which blocks of vocabulary each live token is routed to, and the blocks' lists.
+
+N tokens of the call, L live ones at most, T tokens of a slab, B blocks, V vocabulary.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from isdaa_kernels.backends.triton.kernels.routes import list_kernel, route_kernel
+from isdaa_kernels.backends.triton.routed_tiles import ROUTE_TOKENS, RoutedTiles
+from isdaa_kernels.backends.triton.slabs import OPTIONS, LiveTokens
+from isdaa_kernels.routing import BISECTIONS, Routed, mean_size
+from isdaa_kernels.stats import TokenGradient
+
+
+class Routing:
+    """`route` uint8 [B, L], as `route_kernel` writes it, of the live tokens in their order.
+
+    lost_L: tokens with a coefficient or a log-sum-exp that is not finite: routed nowhere, seen by no other token's rule.
+    poison: fp32 [1], NaN where there is such a token.
+    """
+
+    def __init__(
+        self,
+        routed: Routed,
+        grad: TokenGradient,
+        live: LiveTokens,
+        placed_N: Tensor,
+        lse_N: Tensor,
+        log_mass_BN: Tensor,
+    ):
+        self.log_mass_BN, self.live = log_mass_BN, live
+        rows_L, device = live.rows_M, placed_N.device
+        g_L, *others = (term_N.index_select(0, rows_L).float() for term_N in grad.terms())
+        coefficient_L = sum(others, -g_L)
+        finite_L = g_L.isfinite() & coefficient_L.isfinite() & lse_N.index_select(0, rows_L).isfinite()
+        live_L = torch.arange(live.capacity, device=device) < live.count
+        self.lost_L = live_L & ~finite_L
+        self.poison = torch.where(self.lost_L.any(), float("nan"), 0.0).to(torch.float32).reshape(1)
+        use_L = live_L & finite_L
+        self.size_L, rules = _rules(routed, torch.where(use_L, coefficient_L.abs(), 0.0))
+        target_block_L = torch.where(use_L, placed_N.index_select(0, rows_L) // routed.block, -1).to(torch.int32)
+        B, N = log_mass_BN.shape
+        self.route_BL = torch.empty(B, live.capacity, dtype=torch.uint8, device=device)
+        route_kernel[(B,)](
+            log_mass_BN, rows_L, live.count, self.size_L, target_block_L, rules, self.route_BL, N, live.capacity,
+            BISECTIONS=BISECTIONS, BY_ROW=routed.row_share > 0, M=ROUTE_TOKENS, **OPTIONS,
+        )  # fmt: skip
+
+
+def _rules(routed: Routed, size_L: Tensor) -> tuple[Tensor, Tensor]:
+    """Sizes of the coefficients times a power of two that keeps products with masses normal numbers, and the rules in that unit."""
+    size_L = size_L.double()
+    power = torch.exp2(-torch.frexp(size_L.amax()).exponent.double())
+    size_L = (size_L * power).float()
+    scale = mean_size(size_L).double() if routed.scale is None else routed.scale * power
+    return size_L, torch.stack([scale * routed.tolerance, torch.full_like(power, routed.row_share)])
+
+
+class RouteLists:
+    """The lists of one chunk's blocks for one slab of tokens, in buffers of the walk."""
+
+    def __init__(self, routing: Routing, tiles: RoutedTiles, T: int, blocks: int):
+        self.routing, self.tiles, self.T = routing, tiles, T
+        device = routing.route_BL.device
+        self.steps, self.search = triton.cdiv(T, tiles.step), triton.next_power_of_2(blocks)
+        self.lists = torch.empty(blocks, T, dtype=torch.int32, device=device)
+        self.places = torch.empty(blocks, T, dtype=torch.int32, device=device)
+        self.starts = torch.empty(blocks, self.steps + 1, dtype=torch.int32, device=device)
+        self.all_counts = torch.empty(blocks, dtype=torch.int32, device=device)
+
+    def make(self, begin: int, blocks: int, first: int) -> None:
+        """Of the blocks [begin, begin + blocks) and the tokens from `first` on."""
+        self.blocks, self.counts = blocks, self.all_counts[:blocks]
+        list_kernel[(blocks,)](
+            self.routing.route_BL, self.lists, self.places, self.starts, self.counts, begin, first, self.T, self.routing.route_BL.shape[1],
+            M=self.tiles.step, **OPTIONS,
+        )  # fmt: skip
+        M = self.tiles.gradient.M
+        self.ends = ((self.counts + (M - 1)) // M).cumsum(0, dtype=torch.int32)
