@@ -1,8 +1,11 @@
 """What would run, and at what cost: the plan of a problem, and the word of every backend on it."""
 
+from typing import Literal
+
 import torch
 
 from isdaa_kernels.dispatch import PREFERENCE, Problem, backend_module, device_arch, refusal, select_backend
+from isdaa_kernels.routing import Routed
 from isdaa_kernels.workspace import Plan, check_workspace
 
 
@@ -19,10 +22,12 @@ def plan(
     device: str | torch.device | None = None,
     arch: str | None = None,
     backend: str | None = None,
+    gradient: Literal["exact"] | Routed = "exact",
 ) -> Plan:
     """How `linear_logprob` would run forward and backward for N scored tokens, hidden size D and vocabulary V: tiles, bytes beyond
     inputs and gradients, and matrix work in units of one product of 2 N V D flop. Pure arithmetic: allocates nothing. `arch` ("sm_90",
-    "gfx942", ...) plans for a GPU that need not be here; without it `device` (default: the CPU) says what is planned for.
+    "gfx942", ...) plans for a GPU that need not be here; without it `device` (default: the CPU) says what is planned for. With
+    gradient=Routed(...) the bytes come on top of 4 (Triton: 5) a token and block, and the units are the most that it can cost.
 
     Raises ValueError where max_workspace_mb (MiB) is too small, with the smallest that is enough.
     """
@@ -47,7 +52,8 @@ def plan(
         need_weight=not frozen_head,
         keep_logits=not (frozen_head and frozen_hidden),
         max_workspace_mb=max_workspace_mb,
-        hidden_in_forward=frozen_head and not frozen_hidden,
+        hidden_in_forward=frozen_head and not frozen_hidden and gradient == "exact",
+        routed=None if gradient == "exact" else gradient,
         arch=arch or device_arch(where),
     )
     return select_backend(problem, backend).make_plan(problem)

@@ -60,8 +60,8 @@ def linear_logprob_forward(
     hidden_in_forward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob [N], stats [S, N], lse fp64 [N], kept [K, V]). `keep`: which of hidden, weight will need a gradient; none keeps nothing.
-    Routed (`Routed.pack`), `kept` is the log-sum-exps of the blocks [B, N]; where the forward prepares d_hidden, what it prepared, for
-    the scored tokens [max_scored, D]."""
+    Routed (`Routed.pack`), `kept` is the log-sum-exps of the blocks [B, N], on triton less those of the tokens; where the forward
+    prepares d_hidden, what it prepared, for the scored tokens [max_scored, D]."""
     problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed, hidden_in_forward)
     transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature, order)
     request = StatsRequest(_names(stats), top_k)

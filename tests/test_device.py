@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from isdaa_kernels import (
+    Routed,
     check,
     linear_logprob,
     linear_logprob_stats,
     linear_preference_loss,
     logprob_from_logits,
     logprob_stats_from_logits,
+    make_vocab_order,
 )
 from isdaa_kernels.dispatch import PREFERENCE, Problem, refusal
 from isdaa_kernels.stats import DIFFERENTIABLE, STATS
@@ -212,7 +214,11 @@ def test_the_hot_path_does_not_wait_for_the_device(backend, device):
     hidden, weight = sample.hidden.requires_grad_(), sample.weight.requires_grad_()
     cu_seqlens = torch.tensor([0, 16, 32, 48, 64], device=device)
     reference = torch.zeros(4, device=device)
+    order = make_vocab_order(sample.weight.detach(), sample.hidden.detach(), 64)
     with no_sync(device):
+        for vocab_order in (None, order):
+            routed = {"gradient": Routed(block=64), "vocab_order": vocab_order}
+            linear_logprob(hidden, weight, sample.targets, bias=sample.bias, backend=backend, **routed).sum().backward()
         linear_logprob(hidden, weight, sample.targets, bias=sample.bias, backend=backend).sum().backward()
         loss, _ = linear_preference_loss(
             hidden, weight, sample.targets, cu_seqlens, reference_logprob=reference, backend=backend

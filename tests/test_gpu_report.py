@@ -125,7 +125,7 @@ def test_a_good_contender_has_every_figure(lab: Lab):
 def test_ours_tells_its_plan_and_a_frozen_head_wants_no_d_weight(lab: Lab):
     row = measured(lab, "ours (cpu)", FULL, FROZEN_HEAD)
     assert row["status"] == MEASURED
-    assert "3.00 units" in row["plan"]
+    assert "2.00 units" in row["plan"]
     assert set(row["error"]["sharp"]) == {"value", "d_hidden"}
 
 

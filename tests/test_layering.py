@@ -39,7 +39,7 @@ ALLOWED = {
         "routing",
         "vocab_order",
     },
-    "explain": {"dispatch", "workspace"},
+    "explain": {"dispatch", "routing", "workspace"},
     "testing": {"ops", "stats"},
 }
 

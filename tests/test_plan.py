@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from isdaa_kernels import linear_logprob, plan
+from isdaa_kernels import Routed, linear_logprob, plan
 from isdaa_kernels.testing import FlopCounter, make_sample
 
 
@@ -145,3 +145,20 @@ def test_a_budget_that_is_too_small_names_the_least():
         plan(8192, 128256, 4096, torch.bfloat16, device="cuda", arch="sm_90", max_workspace_mb=10)
     least = float(str(error.value).split("at least ")[1].split()[0])
     assert plan(8192, 128256, 4096, torch.bfloat16, device="cuda", arch="sm_90", max_workspace_mb=least + 0.1).split
+
+
+def test_a_routed_plan_counts_what_the_routes_need():
+    routed = Routed(block=128)
+    exact, found = (plan(4096, 49152, 576, gradient=gradient) for gradient in ("exact", routed))
+    pairs = 4096 * 384
+    assert exact.bytes < found.bytes
+    assert found.bytes >= 5 * pairs  # a byte and a number each, beside the blocks' log-sum-exps
+    assert found.units == exact.units == 4.0  # the most it can cost
+    with pytest.raises(ValueError, match="max_workspace_mb: expected at least") as refusal:
+        plan(4096, 49152, 576, gradient=routed, max_workspace_mb=8)
+    least = float(str(refusal.value).split("at least ")[1].split()[0])
+    tight = plan(4096, 49152, 576, gradient=routed, max_workspace_mb=least)
+    assert tight.token_tile == 128
+    assert tight.bytes <= least * 2**20
+    on_gpu = plan(8192, 128256, 4096, torch.bfloat16, arch="sm_90", gradient=routed)
+    assert on_gpu.bytes <= 512 << 20

@@ -28,7 +28,7 @@ from bench.contenders import (
 from bench.gpu.settings import Settings
 from bench.problem import Problem
 from isdaa_kernels import Problem as KernelProblem
-from isdaa_kernels import explain_backends, plan
+from isdaa_kernels import Routed, explain_backends, plan
 
 TIGHT_MIB, TIGHT_TOKEN_BYTES = 512, 64  # the workspace of the two-pass plan
 FIRST, OTHERS, CURVE, FROZEN = "first", "others", "curve", "frozen"
@@ -57,6 +57,7 @@ def make_contenders(settings: Settings) -> tuple[Entry, ...]:
     return (
         Entry(_our(best, "isdaa"), EVERYWHERE | {LONG}, best),
         Entry(_tight(best), frozenset({LONG}), best, tight_workspace),
+        Entry(_routed(best), frozenset({FIRST, OTHERS}), best),
         *_PEERS,
         *_our_pairs(best),
         *_PAIR_PEERS,
@@ -95,6 +96,12 @@ def _tight(backend: str) -> Contender:
 
     note = f"linear_logprob, max_workspace_mb = {TIGHT_MIB} + {TIGHT_TOKEN_BYTES} bytes a token"
     return Contender(f"ours ({backend}), tight", "isdaa_tight", prepare, note=note)
+
+
+def _routed(backend: str) -> Contender:
+    """In the natural order: the rows of a head of independent normal numbers have no better one."""
+    prepare = ours(backend=backend, gradient=Routed())
+    return Contender(f"ours ({backend}), routed", "isdaa_routed", prepare, note="gradient=Routed(), natural order")
 
 
 def _our_pairs(backend: str) -> list[Entry]:

@@ -12,6 +12,7 @@ from bench.gpu.tasks import BITWISE, FORWARD, FROZEN_HEAD, FULL, NO_WAIT, ORDINA
 
 MIB = 1 << 20
 FORWARD_UNITS, FULL_UNITS, FROZEN_UNITS = 1.3, 4.6, 3.4
+ROUTED_UNITS = 1.9
 PEAK_MIB = 512
 TWO_PASS_UNITS, TWO_PASS_TOKEN_BYTES = 5.4, 64
 ERROR_RATIO, ERROR_FLOOR = 1.5, 2e-7  # against dense PyTorch with fp32 logits
@@ -30,6 +31,12 @@ def judge_targets(rows: Sequence[dict], problems: ProblemSet, device_tests: dict
         _units("forward", _of(plain, FORWARD), FORWARD_UNITS, first),
         _units("forward and backward", _of(plain, FULL), FULL_UNITS, first),
         _units("frozen head, forward and backward", _of(plain, FULL, FROZEN_HEAD), FROZEN_UNITS, first),
+        _units(
+            "routed, forward and backward",
+            [row for row in _routed(plain) if tuple(row["shape"]) == first],
+            ROUTED_UNITS,
+            first,
+        ),
         _peak(_of(plain, FULL), first),
         _long(rows, problems.long),
         *_against_peers(everything),
@@ -45,6 +52,10 @@ def _target(text: str, measured: str, met: bool | None) -> dict:
 
 def _of(rows: Iterable[dict], mode: str, case: str = ORDINARY) -> list[dict]:
     return [row for row in rows if row["provider"] == OURS and row["mode"] == mode and row["case"] == case]
+
+
+def _routed(rows: Iterable[dict]) -> list[dict]:
+    return [row for row in rows if row["provider"] == f"{OURS}_routed" and row["mode"] == FULL]
 
 
 def _device_tests(tests: dict | None) -> dict:
