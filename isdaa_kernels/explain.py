@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from isdaa_kernels.dispatch import PREFERENCE, Problem, backend_module, device_arch, refusal, select_backend
-from isdaa_kernels.routing import Routed
+from isdaa_kernels.routing import Routed, check_gradient
 from isdaa_kernels.workspace import Plan, check_workspace
 
 
@@ -26,8 +26,10 @@ def plan(
 ) -> Plan:
     """How `linear_logprob` would run forward and backward for N scored tokens, hidden size D and vocabulary V: tiles, bytes beyond
     inputs and gradients, and matrix work in units of one product of 2 N V D flop. Pure arithmetic: allocates nothing. `arch` ("sm_90",
-    "gfx942", ...) plans for a GPU that need not be here; without it `device` (default: the CPU) says what is planned for. With
-    gradient=Routed(...) the bytes come on top of 4 (Triton: 5) a token and block, and the units are the most that it can cost.
+    "gfx942", ...) plans for a GPU that need not be here; without it `device` (default: the CPU) says what is planned for. A frozen
+    head counts without what keeps the forward from preparing d_hidden: softcap, entropy, mean_logit or a bias that trains. With
+    gradient=Routed(...) the bytes come on top of 4 (Triton 5, fp64 8) a token of the call and block, and the units are the most that it
+    can cost.
 
     Raises ValueError where max_workspace_mb (MiB) is too small, with the smallest that is enough.
     """
@@ -38,6 +40,7 @@ def plan(
         if not value.is_floating_point:
             raise ValueError(f"{name}: expected a floating dtype, got {value}")
     check_workspace(max_workspace_mb)
+    check_gradient(gradient)
     where = torch.device(device or ("cuda" if arch else "cpu"))
     if arch is not None and where.type != "cuda":
         raise ValueError(f"arch: expected None for device {where}, got {arch!r}")

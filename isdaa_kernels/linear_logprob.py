@@ -12,7 +12,7 @@ from torch import Tensor
 from isdaa_kernels import ops
 from isdaa_kernels.arguments import check_floats, check_targets, split_temperature
 from isdaa_kernels.lm_head import LMHead
-from isdaa_kernels.routing import Routed
+from isdaa_kernels.routing import Routed, check_gradient
 from isdaa_kernels.stats import StatsRequest, VocabStats, check_stats
 from isdaa_kernels.targets import raise_bad_targets
 from isdaa_kernels.vocab_order import VocabOrder
@@ -151,12 +151,12 @@ def _run(
     check_workspace(max_workspace_mb)
     constant, per_token = split_temperature(temperature, targets)
     hidden, weight = _autocast(hidden, head.weight)
-    order, routed = _routing(gradient, vocab_order, head, request)
+    grad = torch.is_grad_enabled()
+    needs = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, head.bias)]
+    order, routed = _routing(gradient, vocab_order, head, request, any(needs))
     targets_N = targets.reshape(N)
     if validate:
         raise_bad_targets(targets_N, weight.shape[0], ignore_index)
-    grad = torch.is_grad_enabled()
-    needs = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, head.bias)]
     # With a constant slope dz / d(hidden @ weight') the gradient of hidden is linear in those of log-prob and lse.
     linear = head.softcap is None and routed is None and not request.wants("entropy", "mean_logit")
     logprob_N, stats_SN, _, _ = ops.linear_logprob_forward(
@@ -183,11 +183,14 @@ def _run(
 
 
 def _routing(
-    gradient: Literal["exact"] | Routed, vocab_order: VocabOrder | None, head: LMHead, request: StatsRequest
+    gradient: Literal["exact"] | Routed,
+    vocab_order: VocabOrder | None,
+    head: LMHead,
+    request: StatsRequest,
+    wanted: bool,
 ) -> tuple[Tensor | None, list[float] | None]:
-    if not isinstance(gradient, Routed):
-        if gradient != "exact":
-            raise ValueError(f"gradient: expected 'exact' or Routed(...), got {gradient!r}")
+    check_gradient(gradient)
+    if gradient == "exact":
         if vocab_order is not None:
             raise ValueError("vocab_order: expected None with gradient='exact', which has no blocks, got an order")
         return None, None
@@ -196,7 +199,7 @@ def _routing(
             f"softcap: expected None with gradient=Routed(...), got {head.softcap}; its slope varies within a block"
         )
     unrouted = [name for name in ("entropy", "mean_logit") if name in request.names]
-    if unrouted and torch.is_grad_enabled():
+    if unrouted and wanted:
         raise ValueError(
             f"stats: expected none of entropy, mean_logit with gradient=Routed(...), got {unrouted[0]!r}; it has no routed gradient"
         )

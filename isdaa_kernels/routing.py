@@ -11,6 +11,8 @@ from torch import Tensor
 
 BLOCKS = (32, 64, 128, 256)
 BISECTIONS = 20
+# A token whose coefficients are this many powers of two below the largest of the call counts as one without a gradient.
+FAINT = {torch.float32: 48, torch.float64: 300}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Routed:
 
     tolerance: 0 or more. scale: a number in place of the mean, so that micro-batches of one step are routed alike. block: 32, 64, 128 or
     256. row_share: 0 to 1; keeps the direction of rarely used vocabulary rows honest, which Adam normalises row by row.
-    Coefficients 2^48 times smaller than the largest count as 0. Raises ValueError for values outside these ranges.
+    A token whose coefficient is 2^48 (fp64: 2^300) times smaller than the largest counts as one without a gradient. A coefficient N times
+    the others' size doubles the mean, and with it what is left out of everyone's gradient: pass `scale` where that can be.
+    Raises ValueError for values outside these ranges.
     """
 
     tolerance: float = 6e-4
@@ -94,6 +98,19 @@ def choose_routes(
     if routed.row_share > 0 and len(size_N):
         weight_BN = hidden_BN | (weighted_BN > _row_threshold(weighted_BN, routed.row_share))
     return Routes(mass_BN, hidden_BN, weight_BN)
+
+
+def faint_tokens(size_N: Tensor) -> Tensor:
+    """bool [N], of the size of each token's largest coefficient, 0 for one that does not count."""
+    if len(size_N) == 0:
+        return torch.zeros_like(size_N, dtype=torch.bool)
+    return torch.frexp(size_N).exponent < torch.frexp(size_N.amax()).exponent - FAINT[size_N.dtype]
+
+
+def check_gradient(gradient: object) -> None:
+    """ValueError for what is neither "exact" nor a Routed."""
+    if not isinstance(gradient, Routed) and gradient != "exact":
+        raise ValueError(f"gradient: expected 'exact' or Routed(...), got {gradient!r}")
 
 
 def mean_size(size_N: Tensor) -> Tensor:

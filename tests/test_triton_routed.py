@@ -569,3 +569,11 @@ def test_the_bytes_of_the_plan_hold(dtype):
     gradients = sum(x.numel() * x.element_size() for x in (hidden, weight))
     masses_and_routes = 5 * N * routed.blocks(V)
     assert gradients < peak <= gradients + masses_and_routes + plans.make_plan(problem).bytes + (64 << 10)
+
+
+def test_faint_tokens_count_as_without_a_gradient():
+    sample = make_sample(60, 16, 700, sharpness=6.0)
+    sample.upstream[::2] *= 1e-20
+    gradient = Routed(1e-3, block=64)
+    assert_close(ours(sample, gradient)[1:], defined(sample, gradient)[1:], 2e-6)
+    assert (ours(sample, gradient)[1][::2] == 0).all()

@@ -43,7 +43,7 @@ struct FoldTile {
   T* kept;                 // [N, V] a copy of the product, or null
   int64_t kept_stride;
   FoldStats<T> stats;
-  T* block_lse;              // [V / block, N] log-sum-exp of each block of columns, or null; then no sums of `stats` are taken
+  T* block_lse;              // [V / block, N] log-sum-exp of each block of columns, or null
   int64_t block_lse_stride;
   int64_t block;             // divides where a tile begins
   int threads;

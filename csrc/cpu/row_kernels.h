@@ -190,6 +190,7 @@ inline void fold_row(const FoldTile<float>& p, int64_t i) {
   const float shift = new_max == -__builtin_inff() ? 0.0f : new_max;
   if (p.block_lse) {
     Sums sums{};
+    if (p.stats.sums()) sums = sum_row(p.stats, z, p.columns, shift);
     sums.exponentials = fold_blocks(p, i, z, shift);
     add_sums(p, i, sums, old_max, new_max);
     fold_rest(p, i, z);
@@ -315,6 +316,10 @@ inline void gradient_row(const GradientTile<double>& p, int64_t i) {
   }
 }
 
+// 0 for what would be, or make, a denormal number in the library's GEMM.
+inline float no_denormal(float x) { return __builtin_fabsf(x) < 1e-30f ? 0.0f : x; }
+inline double no_denormal(double x) { return x; }
+
 // Row i of the tile: its gradient in place of the product, exp(z - block_lse) added to `sums`.
 inline void routed_row(const RoutedTile<float>& p, int64_t i, float* sums) {
   const int64_t n = p.listed[i];
@@ -334,7 +339,7 @@ inline void routed_row(const RoutedTile<float>& p, int64_t i, float* sums) {
   }
   const int64_t target = p.token.target[n] - p.b * p.token.block;
   if (target >= 0 && target < p.columns) x[target] = p.entry[n] * p.token.slope[n];
-  if (i >= p.to_hidden) p.rest[n] = weight;
+  if (i >= p.to_hidden) p.rest[n] = no_denormal(weight);
 }
 
 inline void routed_row(const RoutedTile<double>& p, int64_t i, double* sums) {
@@ -364,7 +369,7 @@ inline void route_block(const RouteBlocks<T>& p, int64_t b, T* weighted) {
   for (int64_t n = 0; n < token.tokens; ++n) {
     const T mass = token.mass(b, n);
     weighted[n] = mass * __builtin_fabs(token.coefficient[n]);
-    rest[n] = mass * (token.coefficient[n] * token.slope[n]);
+    rest[n] = no_denormal(mass * (token.coefficient[n] * token.slope[n]));
     high = weighted[n] > high ? weighted[n] : high;
     total += weighted[n];
   }

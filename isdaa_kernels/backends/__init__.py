@@ -12,7 +12,8 @@
     backward_logits(problem, grad: TokenGradient, logits_NV, out_NV, targets_N, transform, ignore_index, logprob_N, lse_N)
         -> None           d_logits into every row of out_NV, 0 for a token without gradient; out_NV may be logits_NV itself
 
-logprob is fp32 (fp64 for fp64 inputs), lse fp64, `kept` the logits [kept_tokens, V] of the first scored tokens. stats_SN has the dtype
+logprob is fp32 (fp64 for fp64 inputs), lse fp64, `kept` the logits [kept_tokens, V] of the first scored tokens; for a routed problem a
+number a block and token [B, N], and where the plan says hidden_in_forward what the forward prepared, [problem.N, D]. stats_SN has the dtype
 of logprob and a row for each of stats.names, in that order: 0 for an ignored token, NaN (is_top1: 0) for one whose target is outside the
 vocabulary; [0, N] when nothing is asked for. What is not asked for costs nothing; the log-probs do not depend on it.
 A problem of existing logits has D = 0 and the dtype of the logits twice; logits_NV and out_NV may have any strides.

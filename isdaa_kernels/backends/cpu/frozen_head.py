@@ -8,13 +8,12 @@ N tokens of the call, K scored ones, D hidden size, V vocabulary, T tokens and C
 import torch
 from torch import Tensor
 
+from isdaa_kernels.backends.cpu.plan import make_plan
 from isdaa_kernels.backends.cpu.tiles import RowKernels, State, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import TokenGradient
 from isdaa_kernels.targets import scored_rows
-
-_ROWS = 512  # of the backward at once
 
 
 class MeanWeight:
@@ -72,7 +71,7 @@ def hidden_gradient(
     out_ND = torch.zeros(hidden_ND.shape, dtype=hidden_ND.dtype)
     scored = scored_rows(targets_N, ignore_index, problem.N)
     active = grad.select(scored).active().nonzero()[:, 0]
-    for start, stop in spans(len(active), _ROWS):
+    for start, stop in spans(len(active), min(make_plan(problem).token_tile, 512)):
         place_T = active[start:stop]
         rows_T = scored.index_select(0, place_T)
         part = grad.select(rows_T).map(lambda term: term.to(dtype))
@@ -85,4 +84,5 @@ def hidden_gradient(
         d_TD = mean_KD.index_select(0, place_T).mul_((coefficient_T * slope)[:, None])
         d_TD.addcmul_(target_TD, (entry_T * slope)[:, None])
         out_ND.index_copy_(0, rows_T, d_TD.to(out_ND.dtype))
+        del d_TD, target_TD  # before the next are made
     return out_ND

@@ -70,7 +70,10 @@ def _plan_hidden_in_forward(problem: Problem, columns: int, budget: float) -> Pl
     for tokens in BACKWARD_TOKENS:
         tokens = min(tokens, problem.N)
         scratch = _scratch_bytes(problem, columns, tokens) + max(tokens, LEAST_HEIGHT) * columns * size
-        needed = scratch + problem.N * problem.D * size
+        backward = (
+            min(tokens, 512) * problem.D * (2 * size + problem.weight_dtype.itemsize + problem.hidden_dtype.itemsize)
+        )
+        needed = max(scratch, backward) + problem.N * problem.D * size
         if needed <= budget:
             chunks = ceil_div(problem.V, columns)
             return Plan("cpu", tokens, columns, chunks, 0, False, needed, 2.0, hidden_in_forward=True)
@@ -111,6 +114,7 @@ def _routed_bytes(problem: Problem, tokens: int) -> int:
     """Beside the blocks' log-sum-exps: routes and masses that are not recomputed, the means of the blocks, the tokens of a block."""
     size, block, B = problem.compute_dtype.itemsize, problem.routed.block, problem.routed.blocks(problem.V)
     numbers = tokens * (2 * problem.D + block) + 2 * (B + block) * problem.D + 2 * problem.V
+    numbers += LEAST_HEIGHT * problem.D  # gathered in pieces
     if problem.hidden_dtype != problem.compute_dtype:
         numbers += problem.N * problem.D  # widened hidden
     return size * numbers + problem.N * B * (1 + size)

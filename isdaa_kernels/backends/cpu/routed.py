@@ -13,9 +13,10 @@ from torch import Tensor
 from isdaa_kernels.backends.cpu.plan import make_plan
 from isdaa_kernels.backends.cpu.routed_kernels import RoutedKernels
 from isdaa_kernels.backends.cpu.sums import Upstream
-from isdaa_kernels.backends.cpu.tiles import WeightTiles, spans
+from isdaa_kernels.backends.cpu.tiles import LEAST_HEIGHT, WeightTiles, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
+from isdaa_kernels.routing import faint_tokens
 from isdaa_kernels.stats import TokenGradient
 from isdaa_kernels.targets import scored_rows
 
@@ -41,11 +42,14 @@ def backward_routed(
     """None where the probability is so flat that the exact gradient is cheaper."""
     scored = scored_rows(targets_N, ignore_index, problem.N)
     tokens = _tokens(problem, grad, targets_N, transform, scored, logprob_N, lse_N)
-    kernels = RoutedKernels(tokens, transform, targets_N, block_lse_BN, problem.routed, problem.compute_dtype)
+    # Rows that C++ can read and add to as they are, or copies of the tokens that count.
+    direct = hidden_ND.dtype == problem.compute_dtype and hidden_ND.stride(1) == 1
+    row_N = tokens.rows_N if direct else torch.arange(len(tokens.rows_N))
+    kernels = RoutedKernels(tokens, row_N, transform, targets_N, block_lse_BN, problem.routed, problem.compute_dtype)
     routes = kernels.choose_routes(problem.routed)
     if sum(routes.weight_counts) > FLAT_SHARE * routes.route_BN.numel():
         return None
-    walk = _Walk(problem, hidden_ND, weight_VD, transform, tokens, kernels, routes, need_bias)
+    walk = _Walk(problem, hidden_ND, row_N, weight_VD, transform, tokens, kernels, routes, need_bias)
     d_hidden, d_weight, d_bias = walk.run()
     if len(tokens.lost):  # a non-finite number stays in its row, and in d_weight
         nan = float("nan")
@@ -81,13 +85,13 @@ def _tokens(
     finite = torch.stack([term.isfinite() for term in (*grad.terms(), lse)]).all(0)
     active = grad.active()
     lost = scored[active & ~finite]
-    position = (active & finite).nonzero()[:, 0]
+    size = torch.stack([term.abs() for term in grad.terms()]).amax(0).where(active & finite, 0)
+    position = (active & finite & ~faint_tokens(size)).nonzero()[:, 0]
     rows, grad = scored.index_select(0, position), grad.select(position)
     upstream = Upstream(grad)
     g, prob = (
         None if t is None else torch.ldexp(t, torch.tensor(-upstream.top)) for t in (grad.logprob_N, grad.prob_N)
     )
-    g, prob = g * (upstream.relative_N > 0), None if prob is None else prob * (upstream.relative_N > 0)
     logprob = logprob.index_select(0, position).to(dtype)
     entry = -g * torch.expm1(logprob)
     if prob is not None:
@@ -104,12 +108,14 @@ class _Walk:
     """The blocks one after the other, the tokens of a block in pieces of at most T, in buffers that are made once."""
 
     def __init__(
-        self, problem, hidden_ND, weight_VD, transform, tokens: _Tokens, kernels: RoutedKernels, routes, need_bias: bool
-    ):
+        self, problem, hidden_ND, row_N, weight_VD, transform, tokens: _Tokens, kernels: RoutedKernels, routes, need_bias: bool
+    ):  # fmt: skip
         dtype, block, D = problem.compute_dtype, problem.routed.block, problem.D
         self.problem, self.tokens, self.kernels, self.routes = problem, tokens, kernels, routes
-        self.order_V, self.block, self.hidden_dtype = transform.order_V, block, hidden_ND.dtype
-        self.plain_ND = hidden_ND.to(dtype) if hidden_ND.stride(1) == 1 else hidden_ND.to(dtype).contiguous()
+        self.order_V, self.block = transform.order_V, block
+        self.out_shape, self.out_dtype, self.row_N = hidden_ND.shape, hidden_ND.dtype, row_N
+        self.direct = row_N is tokens.rows_N
+        self.plain_ND = hidden_ND if self.direct else self._copy(hidden_ND, dtype)
         self.weight = WeightTiles(weight_VD, block, dtype, transform.order_V)
         self.T = max(min(make_plan(problem).token_tile, max(routes.weight_counts, default=0)), LEAST_ROWS)
         self.gathered_TD = torch.zeros(self.T, D, dtype=dtype)
@@ -119,7 +125,7 @@ class _Walk:
         self.rest_sum_B = routes.rest_BN.sum(1)
         self.d_hidden_ND = self.d_weight_VD = self.d_bias_V = None
         if problem.need_hidden:
-            self.d_hidden_ND = torch.zeros(hidden_ND.shape, dtype=dtype)
+            self.d_hidden_ND = torch.zeros(self.plain_ND.shape, dtype=dtype)
             self.mean_BD, self.d_rows_TD = torch.empty_like(self.rest_hidden_BD), torch.empty(self.T, D, dtype=dtype)
         if problem.need_weight:
             self.d_weight_VD = torch.empty(weight_VD.shape, dtype=weight_VD.dtype)
@@ -136,20 +142,34 @@ class _Walk:
                 rest_TD = torch.mm(
                     self.routes.rest_BN[:, start:stop].T, self.mean_BD, out=self.d_rows_TD[: stop - start]
                 )
-                d_hidden.index_add_(0, self.tokens.rows_N[start:stop], rest_TD)
-            d_hidden = unscale_(d_hidden).to(self.hidden_dtype)
+                d_hidden.index_add_(0, self.row_N[start:stop], rest_TD)
+            d_hidden = self._placed(unscale_(d_hidden))
         if d_bias is not None:
             d_bias = unscale_(d_bias).to(self.bias_dtype)
         return d_hidden, self.d_weight_VD, d_bias
+
+    def _copy(self, hidden_ND: Tensor, dtype: torch.dtype) -> Tensor:
+        rows_N = self.tokens.rows_N
+        out_ND = torch.empty(len(rows_N), hidden_ND.shape[1], dtype=dtype)
+        for start, stop in spans(len(rows_N), LEAST_HEIGHT):
+            out_ND[start:stop] = hidden_ND.index_select(0, rows_N[start:stop])
+        return out_ND
+
+    def _placed(self, d_hidden_ND: Tensor) -> Tensor:
+        """d_hidden of all tokens of the call, in their dtype."""
+        if self.direct:
+            return d_hidden_ND
+        out_ND, rows_N = torch.zeros(self.out_shape, dtype=self.out_dtype), self.tokens.rows_N
+        for start, stop in spans(len(rows_N), LEAST_HEIGHT):
+            out_ND.index_copy_(0, rows_N[start:stop], d_hidden_ND[start:stop].to(self.out_dtype))
+        return out_ND
 
     def _rest_hidden(self) -> Tensor:
         """[B, D]: hidden states times the mass that is not recomputed."""
         rest_BN = self.routes.rest_BN
         total_BD = torch.zeros(len(rest_BN), self.problem.D, dtype=rest_BN.dtype)
         for start, stop in spans(rest_BN.shape[1], self.T):
-            rows_TD = torch.index_select(
-                self.plain_ND, 0, self.tokens.rows_N[start:stop], out=self.gathered_TD[: stop - start]
-            )
+            rows_TD = torch.index_select(self.plain_ND, 0, self.row_N[start:stop], out=self.gathered_TD[: stop - start])
             total_BD.addmm_(rest_BN[:, start:stop], rows_TD)
         return total_BD
 

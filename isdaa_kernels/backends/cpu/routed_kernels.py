@@ -26,15 +26,16 @@ class BlockRoutes:
 
 class RoutedKernels:
     def __init__(
-        self, tokens, transform: Transform, targets_N: Tensor, block_lse_BN: Tensor, routed: Routed, dtype: torch.dtype
-    ):
-        self.tokens, self.block_lse_BN, self.dtype = tokens, block_lse_BN, dtype
+        self, tokens, row_N, transform: Transform, targets_N: Tensor, block_lse_BN: Tensor, routed: Routed, dtype: torch.dtype
+    ):  # fmt: skip
+        """row_N: where a token's row stands in what `gather` reads and `add_rows` adds to."""
+        self.tokens, self.row_N, self.block_lse_BN, self.dtype = tokens, row_N, block_lse_BN, dtype
         self.rows = RowKernels(transform, tokens.rows_N, targets_N, dtype)
         self.suffix, self.threads = self.rows.suffix, self.rows.threads
         self.token = self._native("RoutedTokens")(
             block_lse=block_lse_BN.data_ptr(),
             block_lse_stride=block_lse_BN.stride(0),
-            row=tokens.rows_N.data_ptr(),
+            row=row_N.data_ptr(),
             position=tokens.position_N.data_ptr(),
             lse=tokens.lse_N.data_ptr(),
             coefficient=tokens.coefficient_N.data_ptr(),
@@ -80,7 +81,7 @@ class RoutedKernels:
         )
 
     def gather(self, hidden_ND: Tensor, rows_T: Tensor, out_TD: Tensor) -> None:
-        """hidden_ND: of all tokens of the call, with columns side by side."""
+        """hidden_ND: rows as `row_N` counts them, with columns side by side."""
         self._native("gather_rows")(
             token=self.token,
             listed=rows_T.data_ptr(),
@@ -115,7 +116,7 @@ class RoutedKernels:
         return self.sums_TC.view(-1)[:C]
 
     def add_rows(self, values_TD: Tensor, rows_T: Tensor, out_ND: Tensor) -> None:
-        """out[token] += values, for as many of the tokens as there are values. out_ND: of all tokens of the call."""
+        """out[token] += values, for as many of the tokens as there are values. out_ND: rows as `row_N` counts them."""
         self._native("add_rows")(
             token=self.token,
             listed=rows_T.data_ptr(),

@@ -6,11 +6,11 @@ N tokens that carry a gradient, D hidden size, V vocabulary, T tokens and C voca
 import torch
 from torch import Tensor
 
+from isdaa_kernels.routing import FAINT
 from isdaa_kernels.stats import TokenGradient
 
-# A token whose coefficient is this many powers of two below the largest adds 0 to d_weight and d_bias (it keeps its own d_hidden).
-# With the floor on p in the row kernels, no product of the library's GEMM is a denormal number then.
-_FAINT = {torch.float32: 48, torch.float64: 300}
+# A token that FAINT counts out adds 0 to d_weight and d_bias (it keeps its own d_hidden). With the floor on p in the row kernels, no
+# product of the library's GEMM is a denormal number then.
 _NO_EXPONENT = -(1 << 20)  # of a coefficient 0
 
 
@@ -33,7 +33,7 @@ class Upstream:
         ones_N = torch.ones_like(first_N)
         self.scale_N = torch.ldexp(ones_N, exponent_N)
         relative_N = torch.ldexp(ones_N, exponent_N - self.top)
-        self.relative_N = torch.where(exponent_N < self.top - _FAINT[self.dtype], 0, relative_N)
+        self.relative_N = torch.where(exponent_N < self.top - FAINT[self.dtype], 0, relative_N)
 
     def unscale_(self, total: Tensor) -> Tensor:
         """total * 2 ** top in place. Results below the smallest normal number are 0: making them would be slow on many processors."""
@@ -49,8 +49,8 @@ def _mantissa(term_N: Tensor, exponent_N: Tensor, finite_N: Tensor) -> Tensor:
     """term * 2 ** -exponent; 0 where that is nothing beside the token's largest term, and would be a denormal number at last."""
     fraction_N, own_N = torch.frexp(term_N)
     below_N = own_N.long() - 1 - exponent_N
-    mantissa_N = torch.ldexp(fraction_N * 2, below_N.clamp(-_FAINT[term_N.dtype], 0))
-    mantissa_N = torch.where(below_N < -_FAINT[term_N.dtype], 0, mantissa_N)
+    mantissa_N = torch.ldexp(fraction_N * 2, below_N.clamp(-FAINT[term_N.dtype], 0))
+    mantissa_N = torch.where(below_N < -FAINT[term_N.dtype], 0, mantissa_N)
     return torch.where(finite_N, mantissa_N, term_N).contiguous()
 
 

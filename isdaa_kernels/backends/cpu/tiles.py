@@ -21,6 +21,7 @@ except ImportError as error:  # reported by refusal() and describe()
 # its batch, and a saturated token's logit in the backward would differ by a rounding from that in its log-sum-exp, which is all there
 # is of its gradient. Few rows, so that padding the last tile costs little.
 LEAST_HEIGHT = 128
+_GATHERED_ROWS = 128
 
 
 def spans(total: int, tile: int) -> list[tuple[int, int]]:
@@ -64,13 +65,21 @@ class WeightTiles:
         if self.buffer_CD is None:
             return self.weight_VD[start:stop]
         if self.start != start:
-            ordered = self.order_V is not None
-            rows_CD = (
-                self.weight_VD.index_select(0, self.order_V[start:stop]) if ordered else self.weight_VD[start:stop]
-            )
-            self.buffer_CD[: stop - start].copy_(rows_CD)
+            if self.order_V is None:
+                self.buffer_CD[: stop - start].copy_(self.weight_VD[start:stop])
+            else:
+                self._gather(start, stop)
             self.start = start
         return self.buffer_CD[: stop - start]
+
+    def _gather(self, start: int, stop: int) -> None:
+        """In pieces: what is gathered in another dtype lies beside the buffer for a moment."""
+        for a, b in spans(stop - start, _GATHERED_ROWS):
+            rows, out_CD = self.order_V[start + a : start + b], self.buffer_CD[a:b]
+            if self.weight_VD.dtype == out_CD.dtype:
+                torch.index_select(self.weight_VD, 0, rows, out=out_CD)
+            else:
+                out_CD.copy_(self.weight_VD.index_select(0, rows))
 
 
 class RowKernels:

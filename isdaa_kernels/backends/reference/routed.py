@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isdaa_kernels.dispatch import Problem
-from isdaa_kernels.routing import Routed, choose_routes
+from isdaa_kernels.routing import Routed, choose_routes, faint_tokens
 from isdaa_kernels.stats import TokenGradient
 
 
@@ -33,6 +33,9 @@ class RoutedGradient:
         prob_N = torch.zeros_like(g_N) if grad.prob_N is None else grad.prob_N.to(dtype)
         finite_N = g_N.isfinite() & prob_N.isfinite() & lse_N.isfinite()
         use_N = active_N & finite_N
+        size_N = torch.where(use_N, torch.maximum(g_N.abs(), prob_N.abs()), 0)
+        counted_N = ~faint_tokens(size_N)
+        use_N, g_N, prob_N = use_N & counted_N, g_N.where(counted_N, 0), prob_N.where(counted_N, 0)
         coefficient_N = torch.where(use_N, prob_N - g_N, 0)
         routes = choose_routes(
             torch.where(use_N[:, None], block_lse_NB, 0), torch.where(use_N, lse_N, 0), coefficient_N,

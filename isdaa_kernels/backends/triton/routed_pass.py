@@ -160,7 +160,9 @@ class _Slab:
         self.placed_T = walk.placed_N.index_select(0, rows_T)
         self.tokens = walk.upstream.tokens(first, walk.T, rows_T)
         lost_T = walk.routing.lost_L[first : first + walk.T]
-        self.tokens[4, : len(lost_T)].masked_fill_(lost_T, 0.0)
+        faint_T = walk.routing.faint_L[first : first + walk.T]
+        self.tokens[4, : len(lost_T)].masked_fill_(lost_T | faint_T, 0.0)
+        self.tokens[8, : len(lost_T)].masked_fill_(faint_T, 0.0)
         self.tokens[8, : len(lost_T)].masked_fill_(lost_T, float("nan"))
         self.hidden_TD = walk.hidden.load(first, self.tokens[7] if walk.upstream.scales_hidden else None)
         self.is_first, self.is_last = first == 0, first + walk.T >= walk.live.capacity

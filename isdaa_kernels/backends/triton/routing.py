@@ -10,13 +10,14 @@ from torch import Tensor
 from isdaa_kernels.backends.triton.kernels.routes import list_kernel, route_kernel
 from isdaa_kernels.backends.triton.routed_tiles import ROUTE_TOKENS, RoutedTiles
 from isdaa_kernels.backends.triton.slabs import OPTIONS, LiveTokens
-from isdaa_kernels.routing import BISECTIONS, Routed, mean_size
+from isdaa_kernels.routing import BISECTIONS, Routed, faint_tokens, mean_size
 from isdaa_kernels.stats import TokenGradient
 
 
 class Routing:
     """`route` uint8 [B, L], as `route_kernel` writes it, of the live tokens in their order.
 
+    faint_L: tokens whose coefficients count as 0 beside the largest.
     lost_L: tokens with a coefficient or a log-sum-exp that is not finite: routed nowhere, seen by no other token's rule.
     poison: fp32 [1], NaN where there is such a token.
     """
@@ -37,8 +38,10 @@ class Routing:
         finite_L = g_L.isfinite() & coefficient_L.isfinite() & lse_N.index_select(0, rows_L).isfinite()
         live_L = torch.arange(live.capacity, device=device) < live.count
         self.lost_L = live_L & ~finite_L
+        largest_L = torch.stack([term.abs() for term in (g_L, *others)]).amax(0)
+        self.faint_L = faint_tokens(torch.where(live_L & finite_L, largest_L, 0.0))
         self.poison = torch.where(self.lost_L.any(), float("nan"), 0.0).to(torch.float32).reshape(1)
-        use_L = live_L & finite_L
+        use_L = live_L & finite_L & ~self.faint_L
         self.size_L, rules = _rules(routed, torch.where(use_L, coefficient_L.abs(), 0.0))
         target_block_L = torch.where(use_L, placed_N.index_select(0, rows_L) // routed.block, -1).to(torch.int32)
         B, N = log_mass_BN.shape
