@@ -1,4 +1,5 @@
-"""Hidden states, targets and the head that all contenders get: real ones of SmolLM2-135M-Instruct, or random ones.
+"""Hidden states, targets and the head that all contenders get: real ones of SmolLM2-135M-Instruct on the demonstration's answers or on
+the text of files, or random ones.
 
 N tokens, D hidden size, V vocabulary, T tokens of a sequence.
 """
@@ -8,7 +9,7 @@ import importlib.util
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(__file__).resolve().parent / ".cache"
 PREFERENCES = ROOT / "python" / "isdaa_trainer" / "demo" / "preferences.jsonl"
 LEAST_TOKENS = 4096  # made at once: the usual run and all smaller ones share one file
+SEQUENCE_TOKENS = 256  # that the text of a file is cut into
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,24 @@ class States:
 
 
 def load_states(spec: str, tokens: int) -> States:
-    """The first `tokens` states of "smollm2" (made once, then read from bench/.cache) or of "random:DxV", in fp32.
+    """The first `tokens` states of "smollm2" (the model on the demonstration's prompts and answers), of "smollm2:FILE[,FILE...]" (on the
+    text of files, paths from the root of the repository, one after the other in sequences of 256 tokens), or of "random:DxV"; in fp32.
 
-    Raises ValueError for another spec or more tokens than there are, ModuleNotFoundError where the model's package is missing.
+    What the model makes is made once, then read from bench/.cache. Raises ValueError for another spec, a file that is not there or more
+    tokens than there are, ModuleNotFoundError where the model's package is missing.
     """
+    made = max(LEAST_TOKENS, 1 << (tokens - 1).bit_length())
     if spec == "smollm2":
-        return _smollm2(max(LEAST_TOKENS, 1 << (tokens - 1).bit_length())).first(tokens)
+        pairs = [json.loads(line) for line in PREFERENCES.read_text().splitlines() if line]
+        return _smollm2(pairs, PREFERENCES.name, _pair_ids, made).first(tokens)
+    if spec.startswith("smollm2:"):
+        names = spec.removeprefix("smollm2:").split(",")
+        return _smollm2([_read(name) for name in names], ", ".join(names), _file_ids, made).first(tokens)
     shape = spec.removeprefix("random:").split("x")
     if not spec.startswith("random:") or len(shape) != 2 or not all(side.isdigit() for side in shape):
-        raise ValueError(f"states: expected 'smollm2' or 'random:DxV', got {spec!r}")
+        raise ValueError(
+            f"states: expected 'smollm2' or 'random:DxV' (hidden size, vocabulary) or 'smollm2:FILE[,FILE...]', got {spec!r}"
+        )
     sample = make_sample(tokens, int(shape[0]), int(shape[1]))
     return States(sample.hidden, sample.weight, sample.targets, spec)
 
@@ -64,19 +75,26 @@ def collect_states(model: torch.nn.Module, sequences: Iterable[list[int]], sourc
     return States(torch.cat(hidden), weight_VD, torch.cat(targets), source)
 
 
-def _smollm2(tokens: int) -> States:
+def _smollm2(content: list, name: str, token_ids: Callable[..., Iterator[list[int]]], tokens: int) -> States:
+    """About `tokens` states on the sequences that `token_ids(tokenizer, content, tokens)` gives, or as many as there are."""
     gguf = _find_smollm2()
-    pairs = [json.loads(line) for line in PREFERENCES.read_text().splitlines() if line]
-    source = f"{gguf.name} on {PREFERENCES.name}"
-    digest = hashlib.sha256(json.dumps([pairs, gguf.stat().st_size, tokens]).encode()).hexdigest()
+    source = f"{gguf.name} on {name}"
+    digest = hashlib.sha256(json.dumps([content, gguf.stat().st_size, tokens]).encode()).hexdigest()
     cached = CACHE / f"smollm2-{digest[:16]}.pt"
     if not cached.exists():
-        states = _run_smollm2(gguf, pairs, tokens, source)
-        content = io.BytesIO()
-        torch.save({"hidden": states.hidden_ND, "weight": states.weight_VD, "targets": states.targets_N}, content)
-        write_whole(cached, content.getbuffer())
+        states = _run_smollm2(gguf, lambda tokenizer: token_ids(tokenizer, content, tokens), source)
+        file = io.BytesIO()
+        torch.save({"hidden": states.hidden_ND, "weight": states.weight_VD, "targets": states.targets_N}, file)
+        write_whole(cached, file.getbuffer())
     tensors = torch.load(cached, weights_only=True)
     return States(tensors["hidden"], tensors["weight"], tensors["targets"], source)
+
+
+def _read(name: str) -> str:
+    path = ROOT / name
+    if not path.is_file():
+        raise ValueError(f"states: expected files after 'smollm2:', got {name!r}, which is none in {ROOT.name}")
+    return path.read_text(encoding="utf-8")
 
 
 def _find_smollm2() -> Path:
@@ -90,17 +108,15 @@ def _find_smollm2() -> Path:
     return gguf
 
 
-def _run_smollm2(gguf: Path, pairs: list[dict], tokens: int, source: str) -> States:
+def _run_smollm2(gguf: Path, sequences: Callable[..., Iterable[list[int]]], source: str) -> States:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
-    return collect_states(
-        model, tqdm(list(_token_ids(tokenizer, pairs, tokens)), desc="hidden states", unit="seq"), source
-    )
+    return collect_states(model, tqdm(list(sequences(tokenizer)), desc="hidden states", unit="seq"), source)
 
 
-def _token_ids(tokenizer, pairs: list[dict], tokens: int) -> Iterator[list[int]]:
+def _pair_ids(tokenizer, pairs: list[dict], tokens: int) -> Iterator[list[int]]:
     """Prompt and answer as plain text, chosen and rejected by turns, until there are as many targets as tokens are wanted. No chat
     template: its marks are certain to the model, and nobody scores them."""
     targets = 0
@@ -111,6 +127,20 @@ def _token_ids(tokenizer, pairs: list[dict], tokens: int) -> Iterator[list[int]]
             ids = tokenizer(f"{_text(pair['prompt'])}\n{_text(pair[side])}", add_special_tokens=False)["input_ids"]
             targets += len(ids) - 1
             yield ids
+
+
+def _file_ids(tokenizer, texts: list[str], tokens: int) -> Iterator[list[int]]:
+    """Each text in sequences of SEQUENCE_TOKENS, its last one shorter, until there are as many targets as tokens are wanted or no more."""
+    targets = 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for start in range(0, len(ids), SEQUENCE_TOKENS):
+            sequence = ids[start : start + SEQUENCE_TOKENS]
+            if targets >= tokens:
+                return
+            if len(sequence) > 1:  # one token alone has nothing to predict
+                targets += len(sequence) - 1
+                yield sequence
 
 
 def _text(content: str | list[dict]) -> str:
