@@ -30,6 +30,7 @@ from trainer_fixtures import (
 )
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+import isdaa_kernels.backends.cpu.routed as cpu_routed
 import isdaa_kernels.backends.reference.routed as definition
 from isdaa_kernels import NoBackend, VocabOrder
 
@@ -183,7 +184,8 @@ def test_a_step_is_routed_alike_however_it_is_cut(policy, pairs, reference, conf
     ],
     ids=["tied", "natural order", "frozen head", "bfloat16"],
 )
-def test_a_routed_run_follows_the_exact_one(config, changes):
+def test_a_routed_run_follows_the_exact_one(config, changes, monkeypatch):
+    monkeypatch.setattr(cpu_routed, "FLAT_SHARE", 1.0)  # or the tiny model's flat probabilities get the exact gradient
     config = dataclasses.replace(config, lr=1e-3, max_steps=6, **changes)
     none = dict.fromkeys(("routed_tolerance", "routed_block", "routed_row_share"))
     exact = dataclasses.replace(config, out=config.out + "-exact", gradient="exact", vocab_order_every=100, **none)
@@ -193,7 +195,7 @@ def test_a_routed_run_follows_the_exact_one(config, changes):
     # found: 0.7 % at most, of which 0.1 % is what Adam makes of rounding where a gradient is next to 0
     assert losses == pytest.approx(exact_losses, rel=0.02)
     assert max(exact_losses) / min(exact_losses) > 1.3  # there was a curve to follow
-    assert losses[-1] != exact_losses[-1]
+    assert losses != exact_losses
     final, exact_final = (lines(run, "evaluation.jsonl")[-1] for run in (config, exact))
     assert final["loss/mean"] == pytest.approx(exact_final["loss/mean"], rel=0.02)
 
