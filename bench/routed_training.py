@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from bench import device
 from bench.files import write_whole
-from bench.routed_training_bias import adam_paths, ageing, gradient_bias, movement
+from bench.routed_training_bias import ageing, gradient_bias
+from bench.routed_training_paths import adam_paths, movement
 from bench.routed_training_picture import draw
 from bench.routed_training_report import markdown
 

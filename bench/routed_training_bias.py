@@ -1,23 +1,22 @@
-"""What routed gradients are off by at one policy: single micro-batches, their sum, Adam's path from there, and with older orders of the
-vocabulary.
+"""What routed gradients are off by at one policy: single micro-batches, their sum, and with older orders of the vocabulary.
 
 N tokens of a micro-batch, D hidden size, V vocabulary, S sequences, B blocks. g a gradient, e the error of the routed one.
 """
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from isdaa_trainer import checkpoint as disk
+import torch.nn.functional as F
 from isdaa_trainer.config import Config
 from isdaa_trainer.data import IGNORED, MicroBatch, pack, step_order
 from isdaa_trainer.model import Policy
 from isdaa_trainer.routing import Routing
-from isdaa_trainer.step import pair_loss, train_step
-from isdaa_trainer.train import learning_rate, make_optimizer
+from isdaa_trainer.step import pair_loss
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from bench.routed_training import Lab
 
 QUANTILES = (0.05, 0.25, 0.5)  # of the rows' cosines
+SKETCH = 16381  # a prime: not in step with the rows of any matrix
 ORDERS = ("before training", "fresh", "natural")
 
 
@@ -78,13 +78,13 @@ class Sums:
     def __init__(self) -> None:
         self.g: list[Tensor] = []
         self.e: list[Tensor] = []
-        self.g_squares: list[float] = []
-        self.e_squares: list[float] = []
+        self.squares: list[tuple[float, float]] = []
+        self.sketches: list[tuple[Tensor, Tensor]] = []
 
     def add(self, exact: Sequence[Tensor], routed: Sequence[Tensor]) -> None:
         error = [b - a for a, b in zip(exact, routed, strict=True)]
-        self.g_squares.append(square(exact))
-        self.e_squares.append(square(error))
+        self.squares.append((square(exact), square(error)))
+        self.sketches.append((sketch(exact), sketch(error)))
         if not self.g:
             self.g, self.e = [t.clone() for t in exact], error
             return
@@ -92,25 +92,58 @@ class Sums:
         torch._foreach_add_(self.e, error)
 
     def figures(self) -> dict[str, float | None]:
-        """With n micro-batches as draws from one distribution: |E e|^2 is estimated without bias by the sum of e_i . e_j over i != j,
-        divided by n (n - 1), so that what averages out plays no part in `bias`."""
-        n, g_sum, e_sum = len(self.g_squares), square(self.g), square(self.e)
-        g_total, e_total = sum(self.g_squares), sum(self.e_squares)
-        mean_single = sum(math.sqrt(e / g) for e, g in zip(self.e_squares, self.g_squares, strict=True)) / n
-        error_sum = math.sqrt(e_sum / g_sum)
-        bias_square, mean_square = e_sum - e_total, g_sum - g_total
-        standard_error = math.sqrt(max(0.0, g_total - g_sum / n) * n / max(1, n - 1))  # of the sum
+        """With n micro-batches as draws from one distribution: the sum of e_i . e_j over i != j, divided by n (n - 1), estimates |E e|^2
+        without bias, so that what averages out plays no part in `bias`; the same for g."""
+        singles = [math.sqrt(e / g) for g, e in self.squares]
+        n, g_sum, e_sum = len(singles), square(self.g), square(self.e)
+        g_total, e_total = (sum(squares) for squares in zip(*self.squares, strict=True))
+        error_sum, spread = math.sqrt(e_sum / g_sum), max(0.0, g_total - g_sum / n)
+        chance_g, chance_e = (chance_growth(torch.stack(parts)) for parts in zip(*self.sketches, strict=True))
         return {
             "batches": n,
-            "error_single": mean_single,
+            "error_single": statistics.mean(singles),
+            "error_median": statistics.median(singles),
+            "error_pooled": math.sqrt(e_total / g_total),
             "error_sum": error_sum,
-            "ratio": error_sum / mean_single if mean_single > 0 else None,
+            "ratio": quotient(error_sum, statistics.mean(singles)),
             "ratio_of_noise": 1 / math.sqrt(n),
-            "growth_error": math.sqrt(e_sum / e_total) if e_total > 0 else None,  # 1: noise, sqrt n: bias
-            "growth_gradient": math.sqrt(g_sum / g_total),
-            "bias": math.sqrt(max(0.0, bias_square) / mean_square) if mean_square > 0 else None,
-            "error_by_sampling": math.sqrt(e_sum) / standard_error if standard_error > 0 else None,
+            "growth_error": root(quotient(e_sum, e_total)),  # 1: noise, sqrt n: bias
+            "growth_error_chance": chance_e,
+            "growth_gradient": root(quotient(g_sum, g_total)),
+            "growth_gradient_chance": chance_g,
+            "bias": root(quotient(e_sum - e_total, g_sum - g_total)),
+            "error_by_sampling": root(quotient(e_sum, spread * n / max(1, n - 1))),
+            "batches_until_bias": quotient(n * spread, e_sum - e_total),
         }
+
+
+def quotient(a: float, b: float) -> float | None:
+    """a / b; 0 in place of a negative a, None where b is not positive."""
+    return max(0.0, a) / b if b > 0 else None
+
+
+def root(value: float | None) -> float | None:
+    return None if value is None else math.sqrt(value)
+
+
+def sketch(tensors: Sequence[Tensor]) -> Tensor:
+    """float64 [SKETCH]: rows of that many entries added with random signs, the same for the same shapes, so that the products of two
+    sketches are those of the tensors, on average over the signs."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(SKETCH, dtype=torch.float64)
+    for tensor in tensors:
+        rows = F.pad(tensor.detach().flatten(), (0, -tensor.numel() % SKETCH)).view(-1, SKETCH)
+        signs = torch.randint(0, 2, (len(rows),), generator=generator) * 2.0 - 1
+        total += (signs.to(rows) @ rows).double().cpu()
+    return total
+
+
+def chance_growth(sketches: Tensor) -> float | None:
+    """Below it lies the growth of a sum whose terms have random signs, in 95 % of the cases."""
+    products = sketches @ sketches.T
+    signs = torch.randint(0, 2, (4000, len(products)), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    squares = ((signs.double() @ products) * signs).sum(1)
+    return root(quotient(squares.quantile(0.95).item(), products.trace().item()))
 
 
 def square(tensors: Sequence[Tensor]) -> float:
@@ -130,8 +163,8 @@ def gradient_bias(lab: "Lab", checkpoint: Path) -> dict[str, Any]:
     policy, config, exact = lab.policy(checkpoint), lab.config("routed"), Routing(lab.config("exact"))
     routing = first_routing(lab, config)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    head, body = Sums(), Sums()
-    hidden_errors, cosines, coefficients = [], [], []
+    head, body, hidden = Sums(), Sums(), Pooled()
+    cosines, coefficients = [], []
     for batch in batches(lab, lab.settings.bias_batches, "gradients", policy, config, routing):
         hidden_ND = policy.hidden_states(batch.input_ids, batch.position_ids)
         found = [head_gradient(hidden_ND, policy, batch, config, way) for way in (exact, routing)]
@@ -142,7 +175,7 @@ def gradient_bias(lab: "Lab", checkpoint: Path) -> dict[str, Any]:
         ]  # fmt: skip
         head.add(*([way.weight_VD] for way in found))
         body.add(*below)
-        hidden_errors.append(relative(found[1].hidden_ND, found[0].hidden_ND))
+        hidden.add(found[1].hidden_ND, found[0].hidden_ND)
         cosines.append(row_cosines(found[1].weight_VD, found[0].weight_VD))
         coefficients += pair_coefficients(found[0].sums_S, batch, config)
         routing.follow([(found[1].sums_S, batch.lengths)])
@@ -152,7 +185,7 @@ def gradient_bias(lab: "Lab", checkpoint: Path) -> dict[str, Any]:
             "cosines_sum": row_cosines(head.g[0] + head.e[0], head.g[0]),
         },
         "body": body.figures(),
-        "hidden": {"error_single": sum(hidden_errors) / len(hidden_errors)},
+        "hidden": hidden.figures(),
         "coefficient": {"least": min(coefficients), "most": max(coefficients)},
     }  # fmt: skip
 
@@ -189,73 +222,23 @@ def batches(
             routing.follow([(upstream.sums_S, batch.lengths)])
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
+class Pooled:
+    """Errors of single gradients: mean and median of the relative ones, and all together, in which small gradients weigh little."""
 
+    def __init__(self) -> None:
+        self.squares: list[tuple[float, float]] = []
 
-def adam_paths(lab: "Lab", checkpoint: Path) -> dict[str, Any]:
-    """Where Adam gets from one checkpoint, its moments included, at a constant rate, against exact: routed; exact, but one pair after the
-    other, so that nothing but rounding differs; exact in another order of the pairs."""
-    exact = lab.config("exact")
-    ways = {
-        "routed": lab.config("routed"),
-        "one by one": dataclasses.replace(
-            exact, max_tokens_per_micro_batch=max(pair.num_tokens for pair in lab.data.train)
-        ),
-        "other order": dataclasses.replace(exact, seed=exact.seed + 1),
-    }
-    start, end = parameters_of(lab, checkpoint), adam_path(lab, checkpoint, exact, "exact")
-    paths = {name: differences(start, end, adam_path(lab, checkpoint, config, name)) for name, config in ways.items()}
-    return {"steps": lab.settings.adam_steps, **paths}
+    def add(self, routed: Tensor, exact: Tensor) -> None:
+        self.squares.append((square([exact]), square([routed - exact])))
 
-
-def adam_path(lab: "Lab", checkpoint: Path, config: Config, title: str) -> dict[str, Tensor]:
-    exact, first = lab.config("exact"), disk.step_of(checkpoint)
-    policy = lab.policy(checkpoint)
-    optimizer = make_optimizer(policy, config)
-    disk.restore(checkpoint, policy, optimizer, Routing(exact))
-    routing = first_routing(lab, config) if config.gradient == "routed" else Routing(config)
-    reference = torch.load(lab.reference_file, weights_only=True)["train"]
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(first, lab.settings.steps, exact)
-    for step in tqdm(range(first, first + lab.settings.adam_steps), desc=f"Adam, {title}", unit="step"):
-        order = step_order(step, len(lab.data.train), config.pairs_per_step, config.seed)
-        pairs = [lab.data.train[index] for index in order]
-        train_step(policy, optimizer, pairs, reference[order], config, step=step + 1, routing=routing)
-    return tensors_of(policy)
-
-
-def movement(lab: "Lab", runs: Sequence[str]) -> dict[str, Any]:
-    """The same from the first step of each run to its last, against the first of `runs`."""
-    start = parameters_of(lab, lab.initial)
-    first, *others = runs
-    end = parameters_of(lab, lab.work / first / "model")
-    return {name: differences(start, end, parameters_of(lab, lab.work / name / "model")) for name in others}
-
-
-def parameters_of(lab: "Lab", folder: Path) -> dict[str, Tensor]:
-    return tensors_of(lab.policy(folder))
-
-
-def tensors_of(policy: Policy) -> dict[str, Tensor]:
-    """The head, tied to the embedding or not, first."""
-    head = policy.head().weight
-    rest = {name: p.detach().cpu() for name, p in policy.model.named_parameters() if p is not head}
-    return {"head": head.detach().cpu(), **rest}
-
-
-def differences(
-    start: dict[str, Tensor], end: dict[str, Tensor], other: dict[str, Tensor]
-) -> dict[str, dict[str, float]]:
-    """Of the way to `other` from that to `end`: relative norm and cosine, by part."""
-    parts = {"head": ["head"], "body": [name for name in start if name != "head"], "all": list(start)}
-    moved = {name: (end[name] - start[name], other[name] - start[name]) for name in start}
-    found = {}
-    for part, names in parts.items():
-        apart = math.sqrt(square([moved[name][1] - moved[name][0] for name in names]))
-        a, b = (math.sqrt(square([moved[name][side] for name in names])) for side in (0, 1))
-        found[part] = {"difference": apart / a, "cosine": (a**2 + b**2 - apart**2) / (2 * a * b)}
-    return found
+    def figures(self) -> dict[str, float]:
+        singles = [math.sqrt(e / g) for g, e in self.squares]
+        g_total, e_total = (sum(squares) for squares in zip(*self.squares, strict=True))
+        return {
+            "error_single": statistics.mean(singles),
+            "error_median": statistics.median(singles),
+            "error_pooled": math.sqrt(e_total / g_total),
+        }
 
 
 def ageing(lab: "Lab", folders: dict[str, Path]) -> list[dict[str, Any]]:
@@ -267,24 +250,37 @@ def ageing(lab: "Lab", folders: dict[str, Path]) -> list[dict[str, Any]]:
         routings = dict(
             zip(ORDERS, (first_routing(lab, config), first_routing(lab, config, policy), Routing(config)), strict=True)
         )
-        found: dict[str, list] = {name: [] for name in routings}
+        found = {name: Aged() for name in routings}
         for batch in batches(lab, lab.settings.ageing_batches, f"ageing, {when}", policy, config, *routings.values()):
             with torch.no_grad():
                 hidden_ND = policy.hidden_states(batch.input_ids, batch.position_ids)
             true = head_gradient(hidden_ND, policy, batch, config, exact)
             for name, routing in routings.items():
                 ours = head_gradient(hidden_ND, policy, batch, config, routing)
-                errors = [relative(ours.hidden_ND, true.hidden_ND), relative(ours.weight_VD, true.weight_VD)]
-                shares = routed_shares(hidden_ND, policy, batch, config, routing, true.logprob_N)
-                found[name].append([*shares, *errors, *row_cosines(ours.weight_VD, true.weight_VD)])
+                found[name].add(ours, true, routed_shares(hidden_ND, policy, batch, config, routing, true.logprob_N))
                 routing.follow([(true.sums_S, batch.lengths)])
-        rows += [{"when": when, "order": name} | mean_row(values) for name, values in found.items()]
+        rows += [{"when": when, "order": name} | aged.figures() for name, aged in found.items()]
     return rows
 
 
-def mean_row(values: list[list[float]]) -> dict[str, Any]:
-    share_hidden, share_weight, hidden, weight, *cosines = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
-    return {
-        "share_hidden": share_hidden, "share_weight": share_weight, "error_hidden": hidden, "error_weight": weight,
-        "cosines": cosines,
-    }  # fmt: skip
+class Aged:
+    """What one order does at one policy."""
+
+    def __init__(self) -> None:
+        self.hidden, self.weight, self.shares, self.cosines = Pooled(), Pooled(), [], []
+
+    def add(self, ours: HeadGradient, true: HeadGradient, shares: list[float]) -> None:
+        self.hidden.add(ours.hidden_ND, true.hidden_ND)
+        self.weight.add(ours.weight_VD, true.weight_VD)
+        self.shares.append(shares)
+        self.cosines.append(row_cosines(ours.weight_VD, true.weight_VD))
+
+    def figures(self) -> dict[str, Any]:
+        hidden, weight = torch.tensor(self.shares).mean(0).tolist()
+        errors = {"error_hidden": self.hidden.figures(), "error_weight": self.weight.figures()}
+        return {
+            "share_hidden": hidden,
+            "share_weight": weight,
+            **errors,
+            "cosines": torch.tensor(self.cosines).mean(0).tolist(),
+        }

@@ -18,7 +18,8 @@ from trainer_fixtures import make_model_folder, make_records, make_tokenizer, wr
 import isdaa_kernels.backends.reference.routed as definition
 from bench import routed_training
 from bench.routed_training import QUICK, SEEDS, Lab, Settings, choose_pairs, compare_curves, last_message, main
-from bench.routed_training_bias import Sums, differences, first_routing, head_gradient, routed_shares, row_cosines
+from bench.routed_training_bias import Pooled, Sums, first_routing, head_gradient, routed_shares, row_cosines, sketch
+from bench.routed_training_paths import Place, differences, seen_words
 
 # The CPU backend would make exact gradients of so flat a softmax.
 COARSE = Settings(**QUICK, backend="reference", tolerance=0.6)
@@ -75,6 +76,7 @@ def test_with_tolerance_0_a_routed_run_is_the_exact_one(zero):
         assert parts["all"]["difference"] < 1e-2
     for parts in (zero["adam"]["other order"], zero["movement"]["exact-1"]):
         assert parts["all"]["difference"] > 0.1
+    assert zero["adam"]["routed"]["logprob"]["difference"] < 1e-2 * zero["adam"]["routed"]["logprob"]["way"]
     assert {row["share_hidden"] for row in zero["ageing"]} == {1.0}
 
 
@@ -118,8 +120,9 @@ def test_a_coarse_run_takes_the_exact_ones_from_the_folder_and_shows_a_differenc
     assert all(row["routed"] > 0 for row in coarse["curves"] if row["metric"] in ("loss/mean", "margin/mean"))
     for part in ("head", "body"):
         assert 1e-3 < coarse["gradients"][part]["error_single"] < 1
-    assert coarse["gradients"]["hidden"]["error_single"] > 1e-3
+    assert coarse["gradients"]["hidden"]["error_pooled"] > 1e-3
     assert 1e-3 < coarse["adam"]["routed"]["all"]["difference"] < 1
+    assert 0 < coarse["adam"]["routed"]["logprob"]["difference"] < coarse["adam"]["routed"]["logprob"]["way"]
     assert coarse["adam"]["other order"] == zero["adam"]["other order"]
     assert all(0 < row["share_hidden"] < row["share_weight"] <= 1 for row in coarse["ageing"])
 
@@ -174,6 +177,9 @@ def test_sums_tell_what_averages_out_from_what_does_not():
     assert [same[key] for key in ("error_sum", "ratio", "growth_error", "bias")] == pytest.approx([0.25, 1, 4, 0.25])
     assert [noise[key] for key in ("error_sum", "ratio", "growth_error")] == pytest.approx([0.0625, 0.25, 1])
     assert noise["bias"] == pytest.approx(0, abs=1e-3)
+    # random signs: the sum of 16 of them is at most 8 in 95 % of the cases; orthogonal terms do not notice
+    assert same["growth_error_chance"] == pytest.approx(8 / 4)
+    assert noise["growth_error_chance"] == pytest.approx(1)
 
 
 def test_the_bias_of_noisy_gradients_is_found_through_the_noise():
@@ -187,6 +193,8 @@ def test_the_bias_of_noisy_gradients_is_found_through_the_noise():
     assert figures["bias"] == pytest.approx(0.1, rel=0.05)
     error = draws[:, 1].sum(0) * 0.2 + 0.1 * n
     sampling = math.sqrt(64 * n)  # each of 64 entries has a deviation of 1
+    assert figures["batches_until_bias"] == pytest.approx(1 / 0.1**2, rel=0.1)
+    assert figures["growth_error"] > 2 * figures["growth_error_chance"]
     assert figures["error_by_sampling"] == pytest.approx(error.norm().item() / sampling, rel=0.03)
 
 
@@ -198,13 +206,48 @@ def test_row_cosines_by_hand():
 
 
 def test_differences_of_the_ways_by_hand():
-    start = {"head": torch.zeros(2), "layer": torch.ones(2)}
-    end = {"head": torch.tensor([3.0, 4.0]), "layer": torch.tensor([1.0, 3.0])}
-    other = {"head": torch.tensor([3.0, -4.0]), "layer": torch.tensor([1.0, 2.0])}
-    found = differences(start, end, other)
-    assert found["head"] == pytest.approx({"difference": 8 / 5, "cosine": -7 / 25})
-    assert found["body"] == pytest.approx({"difference": 0.5, "cosine": 1})
-    assert found["all"]["difference"] == pytest.approx(math.sqrt(65 / 29))
+    def place(head: list[list[float]], layer: list[float], logprob: list[float]) -> Place:
+        parameters = {"head": torch.tensor(head), "layer": torch.tensor(layer, dtype=torch.float32)}
+        return Place(parameters, torch.tensor([logprob], dtype=torch.float64))
+
+    start = place([[0.0, 0], [1, 1], [0, 0]], [1, 1], [-5, -6])
+    end = place([[3.0, 4], [1, 2], [0, 0]], [1, 3], [-8, -2])
+    other = place([[3.0, -4], [1, 3], [0, 0]], [1, 2], [-5, -2])
+    found = differences(start, end, other, torch.tensor([True, False, True]))
+    assert found["seen"] == pytest.approx({"difference": 8 / 5, "cosine": -7 / 25, "rms_way": 5 / 2})
+    assert found["unseen"] == pytest.approx({"difference": 1, "cosine": 1, "rms_way": 0.5**0.5})
+    assert found["body"] == pytest.approx({"difference": 0.5, "cosine": 1, "rms_way": 2**0.5})
+    assert found["all"]["difference"] == pytest.approx(math.sqrt(66 / 30))
+    assert found["logprob"] == pytest.approx({"difference": 4.5**0.5, "way": 12.5**0.5})
+    assert found["cosines"][2] == pytest.approx(1)
+    nowhere = differences(start, start, other, torch.tensor([True, False, True]))
+    assert nowhere["body"] == {"difference": None, "cosine": None, "rms_way": 0}
+
+
+def test_seen_words_are_those_of_the_texts(lab):
+    start = Place({"head": torch.zeros(200, 2)}, torch.zeros(0, 2))
+    words = {word for pair in lab.data.train for word in pair.prompt + pair.chosen + pair.rejected}
+    assert set(seen_words(lab.data.train, start).nonzero()[:, 0].tolist()) == words
+
+
+def test_products_of_sketches_are_those_of_the_tensors():
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(200, 1000, generator=generator)
+    a, b = (common + torch.randn(200, 1000, generator=generator) for _ in range(2))
+    for x, y in ((a, a), (a, b)):
+        assert (sketch([x]) @ sketch([y])).item() == pytest.approx((x * y).sum().item(), rel=0.1)
+    noise = [torch.randn(200, 1000, generator=generator) for _ in range(2)]
+    assert abs((sketch([noise[0]]) @ sketch([noise[1]])).item()) < 0.1 * 200 * 1000
+
+
+def test_small_gradients_weigh_little_in_pooled_errors():
+    pooled = Pooled()
+    for size in (1.0, 10.0, 0.01):
+        pooled.add(torch.full((4,), size + 0.01), torch.full((4,), size))
+    found = pooled.figures()
+    assert found["error_median"] == pytest.approx(0.01, rel=1e-3)
+    assert found["error_single"] == pytest.approx(1.011 / 3, rel=1e-3)
+    assert found["error_pooled"] == pytest.approx(math.sqrt(3e-4 / 101.0001), rel=1e-3)
 
 
 def test_differences_of_curves_by_hand():
