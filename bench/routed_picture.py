@@ -87,11 +87,11 @@ def _mark_roundings(axes: Axes, results: dict, name: str) -> None:
 
 
 def _mark_times(axes: Axes, results: dict) -> None:
-    for x, text in _times(results):
+    for place, (x, text) in enumerate(_times(results)):  # at different heights: two may nearly coincide
         axes.axvline(x, color=GREY, linewidth=1, linestyle=":", zorder=1)
         axes.annotate(
-            text, (x, 0.015), xycoords=("data", "axes fraction"), xytext=(-3, 0), textcoords="offset points", rotation=90,
-            ha="right", va="bottom", fontsize=8.5, color=GREY,
+            text, (x, 0.015 + 0.25 * (place % 2)), xycoords=("data", "axes fraction"), xytext=(-3, 0), textcoords="offset points",
+            rotation=90, ha="right", va="bottom", fontsize=8.5, color=GREY,
         )  # fmt: skip
 
 
@@ -125,8 +125,8 @@ def _draw_shares(axes: Axes, results: dict) -> None:
             )  # fmt: skip
     axes.axvline(_default(results)["tolerance"], color=GREY, linewidth=1, linestyle=":", zorder=1)
     axes.annotate(
-        "default", (_default(results)["tolerance"], 0.985), xycoords=("data", "axes fraction"), xytext=(4, 0),
-        textcoords="offset points", va="top", fontsize=8.5, color=GREY,
+        "default", (_default(results)["tolerance"], 0.015), xycoords=("data", "axes fraction"), xytext=(4, 0),
+        textcoords="offset points", va="bottom", fontsize=8.5, color=GREY,
     )  # fmt: skip
     axes.set_xscale("log")
     default = _default(results)["tolerance"]  # has a name in its place
