@@ -13,7 +13,7 @@ ROOT = Path(isdaa_kernels.__file__).parent
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 # What each module of the package may import of the package; a folder stands for all in it.
-BASE = {"lm_head", "workspace", "targets", "stats", "routing"}
+BASE = {"lm_head", "workspace", "targets", "stats", "routing", "pair_loss"}
 ALLOWED = {
     "lm_head": set(),
     "workspace": set(),
@@ -21,15 +21,16 @@ ALLOWED = {
     "arguments": set(),
     "targets": set(),
     "routing": set(),
+    "pair_loss": set(),
     "vocab_order": set(),
     "dispatch": {"backends", "routing"},  # backends by name, inside a function
     "backends": BASE | {"dispatch"},
-    "ops": {"dispatch", "lm_head", "routing", "stats", "targets"},
+    "ops": {"dispatch", "lm_head", "pair_loss", "routing", "stats", "targets"},
     "objectives": set(),
     "linear_logprob": {"ops", "arguments", "lm_head", "routing", "stats", "targets", "vocab_order", "workspace"},
     "logprob_from_logits": {"ops", "arguments", "lm_head", "stats", "targets"},
     "sequence_logprob": {"ops"},
-    "preference_loss": {"objectives"},
+    "preference_loss": {"objectives", "ops", "pair_loss"},
     "linear_preference_loss": {
         "linear_logprob",
         "lm_head",
@@ -65,15 +66,15 @@ def test_layers(module):
             continue
         target = name.split(".")[1]
         if layer in ("backends", "objectives") and target == layer:
-            # A backend imports itself, never another; the compiled module is its own.
-            assert layer == "objectives" or name.split(".")[2] == module.parts[1], f"{module} imports {name}"
+            # A backend imports itself, never another; `gpu` is no backend, and imports none.
+            shared = {"gpu"} if module.parts[1] in ("triton", "cuda") else set()
+            assert layer == "objectives" or name.split(".")[2] in shared | {module.parts[1]}, f"{module} imports {name}"
             continue
-        assert target in ALLOWED[layer] or (target == "_cpu" and module.parts[:2] == ("backends", "cpu")), (
-            f"{module} imports {name}"
-        )
+        own = {"_cpu": "cpu", "_cuda": "cuda"}.get(target)  # the compiled modules
+        assert target in ALLOWED[layer] or (own and module.parts[:2] == ("backends", own)), f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.parts[0] != "backends"], ids=str)
+@pytest.mark.parametrize("module", [m for m in MODULES if m.parts[0] != "backends" or m.parts[1] == "gpu"], ids=str)
 def test_only_torch_and_the_standard_library(module):
     outside = {name.split(".")[0] for name in imports(ROOT / module)} - set(sys.stdlib_module_names)
     assert outside <= {"torch", "isdaa_kernels"}
@@ -95,6 +96,7 @@ def test_import_needs_nothing_but_torch():
         "import sys\n"
         "for name in ('triton', 'transformers', 'numpy', 'isdaa_kernels._cpu'): sys.modules[name] = None\n"
         "import isdaa_kernels\n"
+        "from isdaa_kernels.backends.gpu import backward_pass, forward_pass, logits_pass, plan\n"
         "print(isdaa_kernels.explain_backends())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)

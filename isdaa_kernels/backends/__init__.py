@@ -1,4 +1,4 @@
-"""One folder a backend, each with the same names:
+"""One folder a backend (`gpu` is none: it holds what triton and cuda share), each with the same names:
 
     refusal(problem) -> str | None       why it does not take the problem, as a sentence
     describe() -> str                    what was built or found, for explain_backends
@@ -18,4 +18,9 @@ of logprob and a row for each of stats.names, in that order: 0 for an ignored to
 vocabulary; [0, N] when nothing is asked for. What is not asked for costs nothing; the log-probs do not depend on it.
 A problem of existing logits has D = 0 and the dtype of the logits twice; logits_NV and out_NV may have any strides.
 Backends never import each other.
+
+Where a backend has the loss stage, a module `pair_loss`, named in `ops`, holds it:
+
+    forward(call: PairLossCall) -> (loss [], metrics [METRICS], slope [2, P])
+    backward(packing: Packing, grad [], slope, like) -> d_policy_N         in the dtype of `like`
 """

@@ -12,14 +12,17 @@ from importlib.util import find_spec
 
 import torch
 
-from isdaa_kernels.backends.triton.plan import make_plan
+from isdaa_kernels.backends.gpu import plan
+from isdaa_kernels.backends.gpu.library import release, torch_too_old
 from isdaa_kernels.backends.triton.routed_tiles import BLOCKS
+from isdaa_kernels.backends.triton.shapes import TritonShapes
 from isdaa_kernels.backends.triton.tile_config import family, known_archs
 from isdaa_kernels.dispatch import Problem
+from isdaa_kernels.workspace import Plan
 
 __all__ = ["backward", "backward_logits", "describe", "forward", "forward_logits", "make_plan", "refusal"]
 
-LEAST_TRITON, LEAST_TORCH = (3, 4), (2, 10)  # torch: products of 16-bit factors that add to fp32 sums
+LEAST_TRITON = (3, 4)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -40,15 +43,9 @@ def _missing() -> str | None:
     wanted = ".".join(map(str, LEAST_TRITON))
     if found is None:
         return f"triton is not installed; it takes triton {wanted} or newer"
-    if _number(found) < LEAST_TRITON:
+    if release(found) < LEAST_TRITON:
         return f"triton {found} is too old; it takes {wanted} or newer"
-    if _number(torch.__version__) < LEAST_TORCH:
-        return f"torch {torch.__version__} is too old; it takes {'.'.join(map(str, LEAST_TORCH))} or newer"
-    return None
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    return torch_too_old()
 
 
 def interpreting() -> bool:
@@ -79,25 +76,36 @@ def describe() -> str:
     return _missing() or f"triton {triton_version()}"
 
 
-def forward(*args, **kwargs):
-    from isdaa_kernels.backends.triton.forward_pass import forward
+def make_plan(problem: Problem) -> Plan:
+    return plan.make_plan(TritonShapes(), problem)
 
-    return forward(*args, **kwargs)
+
+def forward(*args, **kwargs):
+    from isdaa_kernels.backends.gpu.forward_pass import forward
+
+    return forward(_kernels(), *args, **kwargs)
 
 
 def backward(*args, **kwargs):
-    from isdaa_kernels.backends.triton.backward_pass import backward
+    from isdaa_kernels.backends.gpu.backward_pass import backward
 
-    return backward(*args, **kwargs)
+    return backward(_kernels(), *args, **kwargs)
 
 
 def forward_logits(*args, **kwargs):
-    from isdaa_kernels.backends.triton.logits_pass import forward_logits
+    from isdaa_kernels.backends.gpu.logits_pass import forward_logits
 
-    return forward_logits(*args, **kwargs)
+    return forward_logits(_kernels(), *args, **kwargs)
 
 
 def backward_logits(*args, **kwargs):
-    from isdaa_kernels.backends.triton.logits_pass import backward_logits
+    from isdaa_kernels.backends.gpu.logits_pass import backward_logits
 
-    return backward_logits(*args, **kwargs)
+    return backward_logits(_kernels(), *args, **kwargs)
+
+
+def _kernels():
+    """The kernel set; only what launches needs triton."""
+    from isdaa_kernels.backends.triton.launch import KERNELS
+
+    return KERNELS

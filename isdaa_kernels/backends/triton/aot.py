@@ -25,7 +25,7 @@ from isdaa_kernels.backends.triton.aot_variants import (
     small_routed_set,
     small_set,
 )
-from isdaa_kernels.backends.triton.plan import FOLD_ROWS, GRADIENT_COLUMNS, GRADIENT_ROWS, LOGITS_TILE
+from isdaa_kernels.backends.triton.shapes import CONSTANTS, OPTIONS
 from isdaa_kernels.backends.triton.tile_config import TileConfig, choose_tile_config
 from isdaa_kernels.dispatch import Problem
 
@@ -62,7 +62,7 @@ def compile_variant(variant: Variant) -> Report:
     kernel, signature, constants, options = _source(variant)
     aligned = [i for i, name in enumerate(kernel.arg_names) if _divisible(name, signature[name], variant)]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+    compiled = triton.compile(source, target=target, options={**OPTIONS, **options})
     registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if amd else _nvidia_usage(compiled.asm["cubin"])
     text = compiled.asm["amdgcn" if amd else "ptx"]
     report = Report(variant, registers, spilled, compiled.metadata.shared, INSTRUCTION[variant.arch] in text)
@@ -96,7 +96,7 @@ def _source(variant: Variant):
     if tma:
         types["hidden"] = f"tensordesc<{variant.dtype}[{tile.M},{tile.K}]>"
         types["weight"] = f"tensordesc<{variant.dtype}[{tile.N},{tile.K}]>"
-    shape = _tile_constants(tile, variant, tma) if fused else _shape(variant)
+    shape = _tile_constants(tile, variant, tma) if fused else CONSTANTS.get(variant.kernel, {})
     routed_constants = aot_routed.constants(variant.kernel, variant.arch, variant.dtype, variant.block, variant.rich)
     constants = {**_flags(variant), **routed_constants, **shape}
     constants |= {
@@ -155,15 +155,6 @@ def _tile_constants(tile: TileConfig, variant: Variant, tma: bool) -> dict:
         "TMA": tma, "EVEN_D": variant.even, "EVEN_V": variant.even, "PRECISION": "ieee", "M": tile.M, "N": tile.N,
         "K": tile.K, "GROUP": tile.group, "PIECES": tile.pieces, "FLATTEN": tile.flatten, "SPECIALIZE": tile.specialize,
     }  # fmt: skip
-
-
-def _shape(variant: Variant) -> dict[str, int]:
-    shapes = {
-        "fold_logits": {"M": FOLD_ROWS, "N": LOGITS_TILE}, "gradient_logits": {"M": GRADIENT_ROWS, "N": GRADIENT_COLUMNS},
-        "combine": {"M": 8, "SLOTS": 64}, "token": {"M": 128}, "finish_hidden": {"M": 16, "K": 256},
-        "finish_weight": {"R": 16, "M": 16, "K": 256}, "gather": {"M": 16, "K": 256},
-    }  # fmt: skip
-    return shapes.get(variant.kernel, {})
 
 
 def _divisible(name: str, kind: str, variant: Variant) -> bool:

@@ -1,15 +1,11 @@
-"""Shapes of the routed kernels' tiles and the buffers they need: a pure function of the block, the factors' dtype and the GPU.
-
-T tokens of a slab, C vocabulary rows of a chunk, D hidden size, V vocabulary, B blocks of it.
-"""
+"""Shapes of the routed kernels' tiles: a pure function of the block, the factors' dtype and the GPU. D hidden size."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from isdaa_kernels.backends.triton.tile_config import family
-from isdaa_kernels.routing import Routed
-from isdaa_kernels.workspace import ceil_div
 
 BLOCKS = (64, 128, 256)  # what the partial log-sum-exps add up to: they hold 64 columns each
 SLOT_COLUMNS, SLOT_ROWS = 64, 32  # of a tile of logits that are read from memory, where the blocks' masses are kept
@@ -36,9 +32,6 @@ class RoutedTiles:
     piece: int  # columns of a tile of logits that become their gradient at once
     step: int  # tokens that the lists are made of at once
 
-    def gradient_tiles(self, T: int) -> int:
-        return ceil_div(T, self.gradient.M)
-
 
 # Gathered rows are read through the L2 cache: tiles of 128 x 128 do 64 flop a byte. That of d_hidden is short of neither flop nor stages:
 # what it waits for is its sums' rows, and more warps wait better. fp32 factors are multiplied without tensor cores.
@@ -46,6 +39,7 @@ _STAGES = {"sm_80": 3, "sm_86": 2, "sm_90": 3, "sm_100": 3, "gfx942": 2}
 _WHOLE = ("sm_86", "gfx942")  # elsewhere pieces of 64 columns take fewer registers
 _FP32 = GroupTile(64, 64, 16, 8, 2), GroupTile(64, 64, 16, 8, 2), GroupTile(32, 64, 16, 8, 1)
 _FP32_REST = GroupTile(32, 64, 16, 8, 1), GroupTile(32, 64, 16, 8, 1)
+_REST = GroupTile(32, 128, 64, 8, 2), GroupTile(64, 128, 32, 8, 2)
 _INTERPRETER = GroupTile(32, 64, 32, 4, 1), GroupTile(64, 64, 32, 4, 1), GroupTile(16, 64, 64, 4, 1)
 # Columns of blocks whose products are summed in registers before they are added to d_hidden, where so many of their pairs are routed:
 # reading and writing a row of sums costs as much as multiplying it with three blocks.
@@ -54,13 +48,14 @@ MASS_TOKENS, ROUTE_TOKENS = 256, 1024
 SUM_ROWS, MEAN_ROWS, MEAN_COLUMNS = 8, 16, 256
 
 
+@cache
 def choose_routed_tiles(block: int, dtype: torch.dtype, arch: str) -> RoutedTiles:
     """arch: "sm_90", "gfx942", ..., or "interpreter"."""
-    rest = GroupTile(32, 128, 64, 8, 2), GroupTile(64, 128, 32, 8, 2)
+    rest = choose_rest_tiles(dtype, arch)
     if arch == "interpreter":
         return RoutedTiles(*_INTERPRETER, *rest, piece=64, step=32)
     if dtype == torch.float32:
-        return RoutedTiles(*_FP32, *_FP32_REST, piece=64, step=256)
+        return RoutedTiles(*_FP32, *rest, piece=64, step=256)
     row = family(arch)
     rows, stages = min(block, 128), _STAGES[row]
     piece = rows if row in _WHOLE else 64
@@ -68,11 +63,6 @@ def choose_routed_tiles(block: int, dtype: torch.dtype, arch: str) -> RoutedTile
     return RoutedTiles(gradient, weight, GroupTile(64, 128, 64, 8, 2), *rest, piece, step=256)
 
 
-def routed_bytes(routed: Routed, tiles: RoutedTiles, T: int, C: int, D: int, V: int, size: int) -> int:
-    """What a routed backward allocates for a chunk: gradient, lists, sums of each tile, rows in the order of the blocks; and two matrices
-    of the width of the number of blocks."""
-    blocks = ceil_div(C, routed.block)
-    gradient = T * blocks * routed.block * size
-    lists = 4 * blocks * (2 * T + ceil_div(T, tiles.step) + 5)
-    sums = 2 * 4 * tiles.gradient_tiles(T) * C
-    return gradient + lists + sums + C * (D + 8) * size + 2 * 4 * routed.blocks(V) * D
+def choose_rest_tiles(dtype: torch.dtype, arch: str) -> tuple[GroupTile, GroupTile]:
+    """Of `rest_weight` and `rest_hidden`, which know no block."""
+    return _FP32_REST if dtype == torch.float32 and arch != "interpreter" else _REST

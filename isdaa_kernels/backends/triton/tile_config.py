@@ -75,6 +75,11 @@ def family(arch: str) -> str | None:
     return known if known in _PLAIN else None
 
 
+def arch_of(problem: Problem) -> str:
+    """Row of the tables: tensors that are on no GPU are the interpreter's."""
+    return problem.arch or "interpreter"
+
+
 def known_archs() -> list[str]:
     return sorted(({*_PLAIN} - {"interpreter"}) | {*_FAMILY}, key=lambda name: (name[:2] != "sm", len(name), name))
 

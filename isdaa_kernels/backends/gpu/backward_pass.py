@@ -1,5 +1,5 @@
-"""Backward of the Triton backend: the logits of a slab and a chunk are recomputed into a chunk of gradients, which the library
-multiplies into d_hidden and d_weight. Sums are fp32, each gradient is rounded once.
+"""Backward: the logits of a slab and a chunk are recomputed into a chunk of gradients, which the library multiplies into d_hidden and
+d_weight. Sums are fp32, each gradient is rounded once.
 
 N tokens of the call, T tokens of a slab, C vocabulary rows of a chunk, D hidden size, V vocabulary.
 """
@@ -7,39 +7,24 @@ N tokens of the call, T tokens of a slab, C vocabulary rows of a chunk, D hidden
 from itertools import product as pairs
 
 import torch
-import triton
 from torch import Tensor
 
-from isdaa_kernels.backends.triton.kernels.logits import gradient_logits_kernel
-from isdaa_kernels.backends.triton.kernels.products import linear_logprob_backward_kernel
-from isdaa_kernels.backends.triton.library import product
-from isdaa_kernels.backends.triton.plan import (
-    GRADIENT_COLUMNS,
-    GRADIENT_ROWS,
-    choose_products,
-    make_plan,
-    product_dtype,
-)
-from isdaa_kernels.backends.triton.routed_pass import backward_routed
-from isdaa_kernels.backends.triton.slabs import (
-    OPTIONS,
-    Head,
-    HiddenSlab,
-    LiveTokens,
-    clean_targets,
-    fused_arguments,
-    on,
-    padded_rows,
-    programs,
-)
-from isdaa_kernels.backends.triton.sums import BiasSum, HiddenSum, TargetOrder, WeightSum
-from isdaa_kernels.backends.triton.upstream import Upstream
+from isdaa_kernels.backends.gpu.call import Call
+from isdaa_kernels.backends.gpu.kernels import Kernels
+from isdaa_kernels.backends.gpu.library import product
+from isdaa_kernels.backends.gpu.plan import make_plan
+from isdaa_kernels.backends.gpu.routed_pass import backward_routed
+from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets, on, padded_rows
+from isdaa_kernels.backends.gpu.sums import BiasSum, HiddenSum, TargetOrder, WeightSum
+from isdaa_kernels.backends.gpu.upstream import Upstream
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import TokenGradient
+from isdaa_kernels.workspace import ceil_div
 
 
 def backward(
+    kernels: Kernels,
     problem: Problem,
     grad: TokenGradient,
     hidden_ND: Tensor,
@@ -52,13 +37,14 @@ def backward(
     kept_KV: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    call = Call.of(kernels, problem, weight_VD, transform)
     if problem.routed is not None:
         inputs = (hidden_ND, weight_VD, targets_N, transform, ignore_index, logprob_N, lse_N)
-        return backward_routed(problem, grad, *inputs, log_mass_BN=kept_KV, need_bias=need_bias)
+        return backward_routed(call, grad, *inputs, log_mass_BN=kept_KV, need_bias=need_bias)
     with on(hidden_ND.device):
         live = LiveTokens((targets_N != ignore_index) & grad.active(), problem.N)
         targets_N = clean_targets(targets_N, problem.V)
-        sweep = _Sweep(problem, hidden_ND, weight_VD, targets_N, Head(transform), live, grad, logprob_N, lse_N)
+        sweep = _Sweep(call, hidden_ND, weight_VD, targets_N, Head(transform), live, grad, logprob_N, lse_N)
         need_hidden, need_weight = problem.need_hidden, problem.need_weight
         if need_hidden and (sweep.plan.split or not need_weight):
             d_hidden, _, d_bias = sweep.run(True, False, need_bias and not need_weight, tokens_outside=True)
@@ -71,14 +57,14 @@ def backward(
 class _Sweep:
     """One or two walks over the slabs and chunks of the same backward."""
 
-    def __init__(self, problem, hidden_ND, weight_VD, targets_N, head, live, grad, logprob_N, lse_N):
-        self.problem, self.hidden_ND, self.weight_VD, self.targets_N = problem, hidden_ND, weight_VD, targets_N
-        self.head, self.live, self.plan = head, live, make_plan(problem)
-        self.dtype = product_dtype(problem)
-        self.fused = choose_products(problem) == "fused"
-        self.tile = head.tile(problem, weight_VD, "backward")
+    def __init__(self, call: Call, hidden_ND, weight_VD, targets_N, head, live, grad, logprob_N, lse_N):
+        self.call, self.kernels, self.problem, self.dtype = call, call.kernels, call.problem, call.dtype
+        self.hidden_ND, self.weight_VD, self.targets_N = hidden_ND, weight_VD, targets_N
+        self.head, self.live = head, live
+        self.plan = make_plan(call.kernels, call.problem, call.aligned)
+        self.tile = call.tile("backward", head.rich) if call.fused else None
         self.T = self.plan.token_tile
-        self.upstream = Upstream(grad, live, head, logprob_N, lse_N, self.dtype)
+        self.upstream = Upstream(call.kernels, grad, live, head, logprob_N, lse_N, self.dtype)
         self.order = None
 
     def run(self, need_hidden: bool, need_weight: bool, need_bias: bool, tokens_outside: bool = False):
@@ -97,13 +83,11 @@ class _Sweep:
     def _gradient_chunks(self, tokens_outside: bool, need_bias: bool):
         """Yields (slab, chunk, gradient of the product [T, C], its sums over rows [., C] or None), all in buffers of the walk."""
         V, C, device = self.problem.V, self.plan.vocab_tile, self.hidden_ND.device
-        buffer_TC = torch.empty(self.T, C, dtype=self.dtype, device=device)
-        rows = self.tile.M if self.fused else GRADIENT_ROWS
-        bias_buffer = (
-            torch.empty(triton.cdiv(self.T, rows) * C, dtype=torch.float32, device=device) if need_bias else None
-        )
+        x_TC, g_TC = _buffers(self.call, self.T, C, device)
+        rows = ceil_div(self.T, self.kernels.gradient_rows if self.tile is None else self.tile.M)
+        bias_buffer = torch.empty(rows * C, dtype=torch.float32, device=device) if need_bias else None
         slabs, chunks = self.live.slabs(self.T), [(c, min(c + C, V)) for c in range(0, V, C)]
-        hidden = HiddenSlab(self.hidden_ND, self.live, self.T, self.dtype)
+        hidden = HiddenSlab(self.kernels, self.hidden_ND, self.live, self.T, self.dtype)
         order = pairs(slabs, chunks) if tokens_outside else ((s, c) for c, s in pairs(chunks, slabs))
         slab = chunk = None
         for first, span in order:
@@ -112,35 +96,37 @@ class _Sweep:
             if chunk is None or chunk.span != span:
                 chunk = Chunk(self, span)
             width = span[1] - span[0]
-            g_TC = buffer_TC[:, :width]
-            bias_sums = (
-                None if bias_buffer is None else bias_buffer[: triton.cdiv(self.T, rows) * width].view(-1, width)
-            )
-            (self._fused if self.fused else self._library)(slab, chunk, g_TC, bias_sums)
-            yield slab, chunk, g_TC, bias_sums
-
-    def _flags(self) -> dict:
-        return {**self.head.scalars, **self.head.flags, **self.upstream.flags()}
+            bias_sums = None if bias_buffer is None else bias_buffer[: rows * width].view(rows, width)
+            if x_TC is None:
+                self._fused(slab, chunk, g_TC[:, :width], bias_sums)
+            else:
+                self._library(slab, chunk, x_TC[:, :width], g_TC[:, :width], bias_sums)
+            yield slab, chunk, g_TC[:, :width], bias_sums
 
     def _fused(self, slab: "Slab", chunk: "Chunk", g_TC: Tensor, bias_sums: Tensor | None) -> None:
         begin, end = chunk.span
-        tiles = (self.T // self.tile.M) * triton.cdiv(end - begin, self.tile.N)
         if bias_sums is not None:
-            bias_sums.zero_()  # no program writes for rows of tiles without a live token
-        linear_logprob_backward_kernel[programs(self.tile, tiles, g_TC.device)](
-            bias=self.head.bias_V, targets=slab.targets_T, tokens=slab.tokens, count=self.live.count, out=g_TC,
-            bias_sums=bias_sums, first=slab.first, T=self.T, begin=begin, end=end, stride_out=g_TC.stride(0),
-            BIAS_SUMS=bias_sums is not None, **self._flags(), **fused_arguments(self.tile, slab.hidden_TD, self.weight_VD),
+            bias_sums.zero_()  # nothing is written for tiles without a live token
+        self.kernels.linear_logprob_backward(
+            hidden=slab.hidden_TD, weight=self.weight_VD, bias=self.head.bias_V, targets=slab.targets_T, tokens=slab.tokens,
+            count=self.live.count, out=g_TC, bias_sums=bias_sums, first=slab.first, begin=begin, end=end, tile=self.tile,
+            **self.head.scalars, **self.upstream.flags(),
         )  # fmt: skip
 
-    def _library(self, slab: "Slab", chunk: "Chunk", g_TC: Tensor, bias_sums: Tensor | None) -> None:
+    def _library(self, slab: "Slab", chunk: "Chunk", x_TC: Tensor, g_TC: Tensor, bias_sums: Tensor | None) -> None:
         begin, end = chunk.span
-        product(slab.hidden_TD, chunk.weight_CD.T, out=g_TC)
-        gradient_logits_kernel[(triton.cdiv(self.T, GRADIENT_ROWS), triton.cdiv(end - begin, GRADIENT_COLUMNS))](
-            g_TC, g_TC, self.head.bias_V, slab.targets_T, slab.tokens, bias_sums, slab.live_T, T=self.T, begin=begin, end=end,
-            stride_n=g_TC.stride(0), stride_v=1, stride_out_n=g_TC.stride(0), stride_out_v=1,
-            BIAS_SUMS=bias_sums is not None, TARGET=False, M=GRADIENT_ROWS, N=GRADIENT_COLUMNS, **self._flags(), **OPTIONS,
+        product(slab.hidden_TD, chunk.weight_CD.T, out=x_TC)
+        self.kernels.gradient_logits(
+            logits=x_TC, out=g_TC, bias=self.head.bias_V, targets=slab.targets_T, tokens=slab.tokens, bias_sums=bias_sums,
+            live=slab.live_T, begin=begin, end=end, target_entry=False, **self.head.scalars, **self.upstream.flags(),
         )  # fmt: skip
+
+
+def _buffers(call: Call, T: int, C: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """The library's logits [T, C], if it makes them, and their gradient [T, >= C] in the dtype of the factors: in place, row i begins
+    where the logits of row i do."""
+    x_TC = None if call.fused else torch.empty(T, C, dtype=torch.float32, device=device)
+    return x_TC, x_TC.view(call.dtype) if call.in_place else torch.empty(T, C, dtype=call.dtype, device=device)
 
 
 class Slab:
@@ -153,7 +139,7 @@ class Slab:
         self.tokens = sweep.upstream.tokens(first, sweep.T, rows_T)
         self.hidden_TD = hidden.load(first, self.tokens[7] if sweep.upstream.scales_hidden else None)
         self.live_T = None  # the fused kernel counts for itself
-        if not sweep.fused:
+        if sweep.tile is None:
             self.live_T = (torch.arange(first, first + sweep.T, device=rows_T.device) < live.count).to(torch.uint8)
         self.is_first, self.is_last = first == 0, first + sweep.T >= live.capacity
 

@@ -1,6 +1,5 @@
-"""Routed backward of the Triton backend: for each block of vocabulary the tokens that are routed to it, as grouped matrix products over
-gathered rows; the rest of the probability enters through two products of the width of the number of blocks. Rules and bound:
-`isdaa_kernels.routing`.
+"""Routed backward: for each block of vocabulary the tokens that are routed to it, as grouped matrix products over gathered rows; the rest
+of the probability enters through two products of the width of the number of blocks. Rules and bound: `isdaa_kernels.routing`.
 
 The lists live on the device and have room for every token: nothing that is routed can be lost, and the host never waits for a count.
 N tokens of the call, T tokens of a slab, C vocabulary rows of a chunk, D hidden size, V vocabulary, B blocks.
@@ -10,38 +9,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from isdaa_kernels.backends.triton.kernels.routed import routed_gradient_kernel
-from isdaa_kernels.backends.triton.plan import arch_of, make_plan, product_dtype, routed_tiles
-from isdaa_kernels.backends.triton.routed_sums import BlockSums, RestSum, RoutedHiddenSum, RoutedWeightSum
-from isdaa_kernels.backends.triton.routed_tiles import choose_routed_tiles
-from isdaa_kernels.backends.triton.routing import RouteLists, Routing
-from isdaa_kernels.backends.triton.slabs import (
-    OPTIONS,
-    Head,
-    HiddenSlab,
-    LiveTokens,
-    clean_targets,
-    multiprocessors,
-    on,
-    padded_rows,
-)
-from isdaa_kernels.backends.triton.sums import Rest, TargetOrder, finish_bias
-from isdaa_kernels.backends.triton.upstream import Upstream
-from isdaa_kernels.backends.triton.weight_rows import WeightRows
-from isdaa_kernels.dispatch import Problem
+from isdaa_kernels.backends.gpu.call import Call
+from isdaa_kernels.backends.gpu.plan import make_plan
+from isdaa_kernels.backends.gpu.routed_sums import BlockSums, RestSum, RoutedHiddenSum, RoutedWeightSum
+from isdaa_kernels.backends.gpu.routing import RouteLists, Routing
+from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets, on, padded_rows
+from isdaa_kernels.backends.gpu.sums import Rest, TargetOrder, finish_bias
+from isdaa_kernels.backends.gpu.upstream import Upstream
+from isdaa_kernels.backends.gpu.weight_rows import WeightRows
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import TokenGradient
-
-_KERNEL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_PROGRAMS = 2  # a multiprocessor
+from isdaa_kernels.workspace import ceil_div
 
 
 def backward_routed(
-    problem: Problem,
+    call: Call,
     grad: TokenGradient,
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -53,6 +37,7 @@ def backward_routed(
     log_mass_BN: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    problem = call.problem
     with on(hidden_ND.device):
         live = LiveTokens((targets_N != ignore_index) & grad.active(), problem.N)
         if live.capacity == 0:
@@ -62,7 +47,7 @@ def backward_routed(
                 torch.zeros(x.shape, dtype=x.dtype, device=x.device) if need else None
                 for x, need in zip(inputs, wanted, strict=True)
             )
-        walk = _Walk(problem, grad, hidden_ND, weight_VD, targets_N, transform, live, logprob_N, lse_N, log_mass_BN)
+        walk = _Walk(call, grad, hidden_ND, weight_VD, targets_N, transform, live, logprob_N, lse_N, log_mass_BN)
         return walk.run(need_bias)
 
 
@@ -70,21 +55,21 @@ class _Walk:
     """Chunks of vocabulary outside, slabs of tokens inside: every row of d_weight is finished once."""
 
     def __init__(
-        self, problem, grad, hidden_ND, weight_VD, targets_N, transform: Transform, live, logprob_N, lse_N, log_mass_BN
-    ):
-        self.problem, self.hidden_ND, self.weight_VD = problem, hidden_ND, weight_VD
-        self.live, self.plan, self.device = live, make_plan(problem), hidden_ND.device
+        self, call: Call, grad, hidden_ND, weight_VD, targets_N, transform: Transform, live, logprob_N, lse_N, log_mass_BN
+    ):  # fmt: skip
+        kernels, problem = call.kernels, call.problem
+        self.kernels, self.problem, self.hidden_ND, self.weight_VD = kernels, problem, hidden_ND, weight_VD
+        self.live, self.plan, self.device = live, make_plan(kernels, problem, call.aligned), hidden_ND.device
         self.T, self.block, self.B = self.plan.token_tile, problem.routed.block, log_mass_BN.shape[0]
-        self.tiles, self.dtype = routed_tiles(problem), product_dtype(problem)
-        self.kernel_dtype = _KERNEL_DTYPES[self.dtype]
+        self.sizes, self.dtype = kernels.routed_sizes(problem), call.dtype
         self.order_V = transform.order_V
         bias_V = None if transform.bias_V is None else transform.in_order(transform.bias_V)
         self.head = Head(replace(transform, bias_V=bias_V))
         self.targets_N = clean_targets(targets_N, problem.V)
         self.placed_N = clean_targets(transform.placed(targets_N), problem.V)
-        self.upstream = Upstream(grad, live, self.head, logprob_N, lse_N, self.dtype)
-        self.routing = Routing(problem.routed, grad, live, self.placed_N, lse_N, log_mass_BN)
-        self.hidden = HiddenSlab(hidden_ND, live, self.T, self.dtype)
+        self.upstream = Upstream(kernels, grad, live, self.head, logprob_N, lse_N, self.dtype)
+        self.routing = Routing(kernels, problem.routed, grad, live, self.placed_N, lse_N, log_mass_BN)
+        self.hidden = HiddenSlab(kernels, hidden_ND, live, self.T, self.dtype)
         self.slab: _Slab | None = None
 
     def run(self, need_bias: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -94,8 +79,7 @@ class _Walk:
         self.block_sums = BlockSums(self, need_bias)
         d_hidden = RoutedHiddenSum(self) if need_hidden else None
         d_weight = RoutedWeightSum(self) if need_weight else None
-        fp32_tiles = choose_routed_tiles(self.block, torch.float32, arch_of(self.problem))
-        rest_one = RestSum(self, 1, fp32_tiles.rest_weight) if need_bias else None
+        rest_one = RestSum(self, 1) if need_bias else None
         for slab in self._slabs() if need_weight or need_bias else ():
             if need_weight:
                 d_weight.rest.add(slab, slab.hidden_TD)
@@ -125,29 +109,27 @@ class _Walk:
     def _gradient_chunks(self, need_bias: bool) -> Iterator[tuple["_Slab", "_Chunk"]]:
         """Every chunk with every slab: its lists and the gradient of its products, in buffers of the walk."""
         V, C = self.problem.V, self.plan.vocab_tile
-        blocks = triton.cdiv(C, self.block)
-        weights = WeightRows(self.weight_VD, self.order_V, C, self.dtype)
-        lists = RouteLists(self.routing, self.tiles, self.T, blocks)
-        g = torch.empty(blocks * self.T * self.block, dtype=self.dtype, device=self.device)
+        blocks, tiles = ceil_div(C, self.block), ceil_div(self.T, self.sizes.gradient_rows)
+        weights = WeightRows(self.kernels, self.weight_VD, self.order_V, C, self.dtype)
+        lists = RouteLists(self.routing, self.sizes, self.T, blocks)
+        g = torch.empty(blocks, self.T, self.block, dtype=self.dtype, device=self.device)
         sums = [
-            torch.empty(self.tiles.gradient_tiles(self.T) * C, dtype=torch.float32, device=self.device)
-            if wanted
-            else None
+            torch.empty(tiles * C, dtype=torch.float32, device=self.device) if wanted else None
             for wanted in (True, need_bias)
         ]
         for begin in range(0, V, C):
             end = min(begin + C, V)
-            chunk = _Chunk(self, (begin, end), weights.load(begin, end), lists, g, *sums)
+            sums_of_chunk = (None if x is None else x[: tiles * (end - begin)].view(tiles, -1) for x in sums)
+            chunk = _Chunk(self, (begin, end), weights.load(begin, end), lists, g, *sums_of_chunk)
             for slab in self._slabs():
                 chunk.make(slab)
                 yield slab, chunk
 
-    def rest_arguments(self, slab: "_Slab") -> tuple[Tensor, ...]:
-        return self.routing.route_BL, self.routing.log_mass_BN, self.live.rows_M, self.live.count, slab.tokens
-
-    def rest_sizes(self) -> tuple[int, int, int]:
-        B, N = self.routing.log_mass_BN.shape
-        return self.live.capacity, N, B
+    def rest_arguments(self, slab: "_Slab") -> dict:
+        return {
+            "route": self.routing.route_BL, "log_mass": self.routing.log_mass_BN, "rows": self.live.rows_M, "count": self.live.count,
+            "tokens": slab.tokens, "first": slab.first, "logit_scale": self.head.scalars["logit_scale"],
+        }  # fmt: skip
 
 
 class _Slab:
@@ -178,16 +160,12 @@ class _Chunk:
         self.g, self.mean_sums, self.bias_sums = g, mean_sums, bias_sums
 
     def make(self, slab: _Slab) -> None:
-        walk, lists, tile, (begin, end) = self.walk, self.lists, self.walk.tiles.gradient, self.span
-        blocks, D = triton.cdiv(end - begin, walk.block), walk.problem.D
-        lists.make(begin // walk.block, blocks, slab.first)
-        tiles = blocks * walk.tiles.gradient_tiles(walk.T) * (walk.block // tile.N)
+        walk, lists, (begin, end) = self.walk, self.lists, self.span
+        lists.make(begin // walk.block, ceil_div(end - begin, walk.block), slab.first)
         bias = None if walk.head.bias_V is None else walk.head.bias_V[begin:end]
-        routed_gradient_kernel[(min(tiles, _PROGRAMS * multiprocessors(walk.device)),)](
-            slab.hidden_TD, self.weight_CD, bias, slab.placed_T, slab.tokens, walk.routing.log_mass_BN, walk.live.rows_M,
-            lists.lists, lists.counts, lists.ends, self.g, self.mean_sums, self.bias_sums, slab.first, walk.T, D,
-            walk.routing.log_mass_BN.shape[1], begin, end - begin, blocks, slab.hidden_TD.stride(0), *self.weight_CD.stride(),
-            walk.head.scalars["logit_scale"], HAS_BIAS=bias is not None, BIAS_SUMS=self.bias_sums is not None,
-            EVEN_D=D % tile.K == 0, PRECISION="ieee", BLOCK=walk.block, SEARCH=lists.search, PIECE=walk.tiles.piece, M=tile.M, N=tile.N,
-            K=tile.K, num_warps=tile.num_warps, num_stages=tile.num_stages, **OPTIONS,
+        walk.kernels.routed_gradient(
+            hidden=slab.hidden_TD, weight=self.weight_CD, bias=bias, targets=slab.placed_T, tokens=slab.tokens,
+            log_mass=walk.routing.log_mass_BN, rows=walk.live.rows_M, lists=lists.lists, counts=lists.counts, ends=lists.ends, out=self.g,
+            mean_sums=self.mean_sums, bias_sums=self.bias_sums, first=slab.first, begin=begin,
+            logit_scale=walk.head.scalars["logit_scale"],
         )  # fmt: skip

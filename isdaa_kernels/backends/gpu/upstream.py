@@ -4,54 +4,55 @@ N tokens of the call, T tokens of a slab.
 """
 
 import torch
-import triton
 from torch import Tensor
 
-from isdaa_kernels.backends.triton.kernels.tokens import token_kernel
-from isdaa_kernels.backends.triton.plan import TOKEN_ROWS
-from isdaa_kernels.backends.triton.slabs import OPTIONS, Head, LiveTokens
+from isdaa_kernels.backends.gpu.kernels import Kernels
+from isdaa_kernels.backends.gpu.plan import TOKEN_ROWS
+from isdaa_kernels.backends.gpu.slabs import Head, LiveTokens
 from isdaa_kernels.stats import TokenGradient
 
-_TOKENS = 128  # of a program
 # fp16 holds 2 ** -24 to 2 ** 16: gradients of up to 5 are shifted up, hidden states are left alone.
 _SHIFT = {torch.float16: 12}
 _LEAST_EXPONENT = {torch.float16: 0}
 
 
 class Upstream:
-    """The exponent of the call's largest coefficient, and each slab's rows of coefficients (`tokens.token_kernel`)."""
+    """The exponent of the call's largest coefficient, and each slab's rows of coefficients (`Kernels.token`)."""
 
-    def __init__(self, grad: TokenGradient, live: LiveTokens, head: Head, logprob_N, lse_N, dtype: torch.dtype | None):
+    def __init__(
+        self, kernels: Kernels, grad: TokenGradient, live: LiveTokens, head: Head, logprob_N, lse_N, dtype: torch.dtype | None
+    ):  # fmt: skip
         """dtype: of the gradient chunk; None leaves all coefficients as they are."""
         terms = (grad.logprob_N, grad.prob_N, grad.log_prob_N, grad.flat_N)
         self.terms = [None if term is None else term.float().contiguous() for term in terms]
-        self.live, self.head, self.logprob_N, self.lse_N = live, head, logprob_N, lse_N
+        self.kernels, self.live, self.head, self.logprob_N, self.lse_N = kernels, live, head, logprob_N, lse_N
         self.scaled = dtype is not None
         self.shift, self.least = _SHIFT.get(dtype, 0), _LEAST_EXPONENT.get(dtype, -64)
         self.scales_hidden = self.least < 0
         self.top = _top_exponent(self.terms, live, head)
 
-    def flags(self) -> dict:
-        return {"LOG_PROB": self.terms[2] is not None, "FLAT": self.terms[3] is not None}
+    def flags(self) -> dict[str, bool]:
+        return {"log_prob": self.terms[2] is not None, "flat": self.terms[3] is not None}
 
     def tokens(self, first: int, T: int, rows_T: Tensor) -> Tensor:
         out = torch.empty(TOKEN_ROWS, T, dtype=torch.float32, device=rows_T.device)
-        self._launch(first, T, rows_T, out, None)
+        self._launch(first, rows_T, out, None)
         return out
 
     def weight_entries(self) -> Tensor:
         """fp32 [capacity]: of each live token the target's own entry, in the units of the sums of d_weight."""
         out = torch.empty(self.live.capacity, dtype=torch.float32, device=self.live.rows_M.device)
         if len(out):
-            self._launch(0, len(out), self.live.rows_M, None, out)
+            self._launch(0, self.live.rows_M, None, out)
         return out
 
-    def _launch(self, first: int, T: int, rows_T: Tensor, out: Tensor | None, entry: Tensor | None) -> None:
-        token_kernel[(triton.cdiv(T, _TOKENS),)](
-            self.live.rows_M, self.live.count, self.top, *self.terms, self.logprob_N, self.lse_N,
-            self.head.inverse_temperature(rows_T), out, entry, first=first, T=T, PROB=self.terms[1] is not None,
-            HAS_SOFTCAP=self.head.flags["HAS_SOFTCAP"], LEAST=self.least, SHIFT=self.shift, SCALED=self.scaled,
-            TILE=out is not None, ENTRY=entry is not None, M=_TOKENS, **self.flags(), **self.head.scalars, **OPTIONS,
+    def _launch(self, first: int, rows_T: Tensor, out: Tensor | None, entry: Tensor | None) -> None:
+        logprob, prob, log_prob, flat = self.terms
+        self.kernels.token(
+            rows=self.live.rows_M, count=self.live.count, top=self.top, logprob_gradient=logprob, prob_gradient=prob,
+            log_prob_gradient=log_prob, flat_gradient=flat, logprob=self.logprob_N, lse=self.lse_N,
+            inverse_temperature=self.head.inverse_temperature(rows_T), out=out, weight_entry=entry, first=first, least=self.least,
+            shift=self.shift, scaled=self.scaled, **self.head.scalars,
         )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.triton.library import product
-from isdaa_kernels.backends.triton.slabs import Head, LiveTokens
+from isdaa_kernels.backends.gpu.library import product
+from isdaa_kernels.backends.gpu.slabs import Head, LiveTokens
 from isdaa_kernels.stats import StatsRequest
 
 ROWS, COLUMNS = 1024, 8192  # of a chunk: 32 MiB

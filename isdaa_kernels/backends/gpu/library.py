@@ -6,6 +6,21 @@ A, B factors in fp16, bf16 or fp32; TF32 is used for fp32 factors only where the
 import torch
 from torch import Tensor
 
+LEAST_TORCH = (2, 10)  # products of 16-bit factors that add to fp32 sums
+
+
+def torch_too_old() -> str | None:
+    """A sentence where it is."""
+    if release(torch.__version__) >= LEAST_TORCH:
+        return None
+    return f"torch {torch.__version__} is too old; it takes {'.'.join(map(str, LEAST_TORCH))} or newer"
+
+
+def release(version: str) -> tuple[int, int]:
+    """(major, minor) of "2.10.0+cu128"."""
+    major, minor = version.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out (fp32) = a @ b, summed in fp32."""

@@ -6,16 +6,12 @@ T tokens of a slab, C vocabulary rows of a chunk, D hidden size, V vocabulary, M
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from isdaa_kernels.backends.triton.kernels.tokens import finish_hidden_kernel, finish_weight_kernel
-from isdaa_kernels.backends.triton.library import accumulate, product
-from isdaa_kernels.backends.triton.plan import weight_rows
-from isdaa_kernels.backends.triton.slabs import OPTIONS, LiveTokens
-from isdaa_kernels.backends.triton.upstream import Upstream
-
-_ROWS, _TOKENS, _COLUMNS = 16, 16, 256  # of a program
+from isdaa_kernels.backends.gpu.library import accumulate, product
+from isdaa_kernels.backends.gpu.plan import weight_rows
+from isdaa_kernels.backends.gpu.slabs import LiveTokens
+from isdaa_kernels.backends.gpu.upstream import Upstream
 
 
 class TargetOrder:
@@ -96,18 +92,16 @@ class Rest:
     """What a routed backward adds as rows of d_weight are finished: each block's mean distribution times the sum of what it stands for.
     The sums are in the order of the blocks, the rows that they become are `order_V` of it."""
 
-    mean_V: Tensor
-    sum_BD: Tensor
+    mean_V: Tensor | None
+    sum_BD: Tensor | None
     order_V: Tensor | None
     block: int
 
 
 def finish_hidden_rows(sweep, slab, sum_TD: Tensor, out_ND: Tensor) -> None:
-    T, D = sum_TD.shape
-    weight_VD, live = sweep.weight_VD, sweep.live
-    finish_hidden_kernel[(triton.cdiv(T, _ROWS), triton.cdiv(D, _COLUMNS))](
-        sum_TD, slab.tokens, slab.targets_T, weight_VD, live.rows_M, live.count, out_ND, slab.first, T, D, len(weight_VD),
-        sum_TD.stride(0), *weight_VD.stride(), M=_ROWS, K=_COLUMNS, **OPTIONS,
+    sweep.kernels.finish_hidden(
+        sums=sum_TD, tokens=slab.tokens, targets=slab.targets_T, weight=sweep.weight_VD, rows=sweep.live.rows_M, count=sweep.live.count,
+        d_hidden=out_ND, first=slab.first,
     )  # fmt: skip
 
 
@@ -116,18 +110,16 @@ def finish_bias(sweep, sum_V: Tensor, rest: Rest | None = None) -> Tensor:
     bias_V = sweep.head.bias_V
     out_V1 = torch.zeros(len(bias_V), 1, dtype=bias_V.dtype, device=bias_V.device)
     if sweep.live.capacity:
-        one_ND = torch.ones(1, device=bias_V.device).expand(len(sweep.hidden_ND), 1)
+        one_ND = torch.ones(1, dtype=torch.float32, device=bias_V.device).expand(len(sweep.hidden_ND), 1)
         finish_rows(sweep, one_ND, sum_V[:, None], 0, out_V1, rest)
-    return out_V1[:, 0]
+    return out_V1[:, 0].to(sweep.head.transform.bias_V.dtype)
 
 
 def finish_rows(sweep, hidden_ND: Tensor, sum_CD: Tensor, begin: int, out_VD: Tensor, rest: Rest | None = None) -> None:
-    C, D = sum_CD.shape
-    K = min(_COLUMNS, max(16, triton.next_power_of_2(D)))
-    order, vocab_order = sweep.order, None if rest is None else rest.order_V
-    mean, sums, block = (None, None, 1) if rest is None else (rest.mean_V, rest.sum_BD, rest.block)
-    finish_weight_kernel[(triton.cdiv(C, _ROWS), triton.cdiv(D, K))](
-        sum_CD, order.order_M, order.starts, order.targets_M, sweep.live.rows_M, order.entry_M, hidden_ND, sweep.upstream.top,
-        out_VD, mean, sums, vocab_order, begin, C, D, sum_CD.stride(0), *hidden_ND.stride(), sweep.upstream.shift,
-        REST=rest is not None, ORDER=vocab_order is not None, BLOCK=block, R=_ROWS, M=_TOKENS, K=K, **OPTIONS,
+    order, upstream = sweep.order, sweep.upstream
+    rest = rest or Rest(None, None, None, 1)
+    sweep.kernels.finish_weight(
+        sums=sum_CD, order=order.order_M, starts=order.starts, targets=order.targets_M, rows=sweep.live.rows_M,
+        weight_entry=order.entry_M, hidden=hidden_ND, top=upstream.top, d_weight=out_VD, mean=rest.mean_V, rest=rest.sum_BD,
+        vocab_order=rest.order_V, begin=begin, shift=upstream.shift, block=rest.block,
     )  # fmt: skip

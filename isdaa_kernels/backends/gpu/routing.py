@@ -4,18 +4,17 @@ N tokens of the call, L live ones at most, T tokens of a slab, B blocks, V vocab
 """
 
 import torch
-import triton
 from torch import Tensor
 
-from isdaa_kernels.backends.triton.kernels.routes import list_kernel, route_kernel
-from isdaa_kernels.backends.triton.routed_tiles import ROUTE_TOKENS, RoutedTiles
-from isdaa_kernels.backends.triton.slabs import OPTIONS, LiveTokens
+from isdaa_kernels.backends.gpu.kernels import Kernels, RoutedSizes
+from isdaa_kernels.backends.gpu.slabs import LiveTokens
 from isdaa_kernels.routing import BISECTIONS, Routed, faint_tokens, mean_size
 from isdaa_kernels.stats import TokenGradient
+from isdaa_kernels.workspace import ceil_div
 
 
 class Routing:
-    """`route` uint8 [B, L], as `route_kernel` writes it, of the live tokens in their order.
+    """`route` uint8 [B, L], as `Kernels.route` writes it, of the live tokens in their order.
 
     faint_L: tokens whose coefficients count as 0 beside the largest.
     lost_L: tokens with a coefficient or a log-sum-exp that is not finite: routed nowhere, seen by no other token's rule.
@@ -24,6 +23,7 @@ class Routing:
 
     def __init__(
         self,
+        kernels: Kernels,
         routed: Routed,
         grad: TokenGradient,
         live: LiveTokens,
@@ -31,7 +31,7 @@ class Routing:
         lse_N: Tensor,
         log_mass_BN: Tensor,
     ):
-        self.log_mass_BN, self.live = log_mass_BN, live
+        self.kernels, self.log_mass_BN, self.live = kernels, log_mass_BN, live
         rows_L, device = live.rows_M, placed_N.device
         g_L, *others = (term_N.index_select(0, rows_L).float() for term_N in grad.terms())
         coefficient_L = sum(others, -g_L)
@@ -44,11 +44,10 @@ class Routing:
         use_L = live_L & finite_L & ~self.faint_L
         self.size_L, rules = _rules(routed, torch.where(use_L, coefficient_L.abs(), 0.0))
         target_block_L = torch.where(use_L, placed_N.index_select(0, rows_L) // routed.block, -1).to(torch.int32)
-        B, N = log_mass_BN.shape
-        self.route_BL = torch.empty(B, live.capacity, dtype=torch.uint8, device=device)
-        route_kernel[(B,)](
-            log_mass_BN, rows_L, live.count, self.size_L, target_block_L, rules, self.route_BL, N, live.capacity,
-            BISECTIONS=BISECTIONS, BY_ROW=routed.row_share > 0, M=ROUTE_TOKENS, **OPTIONS,
+        self.route_BL = torch.empty(len(log_mass_BN), live.capacity, dtype=torch.uint8, device=device)
+        kernels.route(
+            log_mass=log_mass_BN, rows=rows_L, count=live.count, size=self.size_L, target_block=target_block_L, rules=rules,
+            route=self.route_BL, bisections=BISECTIONS, by_row=routed.row_share > 0,
         )  # fmt: skip
 
 
@@ -64,21 +63,20 @@ def _rules(routed: Routed, size_L: Tensor) -> tuple[Tensor, Tensor]:
 class RouteLists:
     """The lists of one chunk's blocks for one slab of tokens, in buffers of the walk."""
 
-    def __init__(self, routing: Routing, tiles: RoutedTiles, T: int, blocks: int):
-        self.routing, self.tiles, self.T = routing, tiles, T
+    def __init__(self, routing: Routing, sizes: RoutedSizes, T: int, blocks: int):
+        self.routing, self.sizes = routing, sizes
         device = routing.route_BL.device
-        self.steps, self.search = triton.cdiv(T, tiles.step), triton.next_power_of_2(blocks)
         self.lists = torch.empty(blocks, T, dtype=torch.int32, device=device)
         self.places = torch.empty(blocks, T, dtype=torch.int32, device=device)
-        self.starts = torch.empty(blocks, self.steps + 1, dtype=torch.int32, device=device)
+        self.starts = torch.empty(blocks, ceil_div(T, sizes.step) + 1, dtype=torch.int32, device=device)
         self.all_counts = torch.empty(blocks, dtype=torch.int32, device=device)
 
     def make(self, begin: int, blocks: int, first: int) -> None:
         """Of the blocks [begin, begin + blocks) and the tokens from `first` on."""
         self.blocks, self.counts = blocks, self.all_counts[:blocks]
-        list_kernel[(blocks,)](
-            self.routing.route_BL, self.lists, self.places, self.starts, self.counts, begin, first, self.T, self.routing.route_BL.shape[1],
-            M=self.tiles.step, **OPTIONS,
+        self.routing.kernels.list_tokens(
+            route=self.routing.route_BL, lists=self.lists, places=self.places, starts=self.starts, counts=self.counts, begin=begin,
+            first=first, step=self.sizes.step,
         )  # fmt: skip
-        M = self.tiles.gradient.M
+        M = self.sizes.gradient_rows
         self.ends = ((self.counts + (M - 1)) // M).cumsum(0, dtype=torch.int32)

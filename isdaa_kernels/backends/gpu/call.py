@@ -1,0 +1,59 @@
+"""A call: its problem, the kernel set that runs it, and how its products are made."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from isdaa_kernels.backends.gpu.kernels import FusedTile, Kernels, Shapes
+from isdaa_kernels.dispatch import Problem
+from isdaa_kernels.lm_head import Transform
+
+
+def product_dtype(problem: Problem) -> torch.dtype:
+    """Of the products' factors and of the gradient chunk: 16 bits where both factors have the same."""
+    same = problem.hidden_dtype == problem.weight_dtype
+    return problem.hidden_dtype if same and problem.hidden_dtype.itemsize == 2 else torch.float32
+
+
+@dataclass(frozen=True)
+class Call:
+    """aligned: the rows of the head that are multiplied lie on 16-byte borders. A plan without tensors takes them to be.
+
+    The two products of the backward always go to the library, from a gradient chunk in the factors' dtype: it is as fast as the hardware
+    there, and a chunk costs 2 bytes written and 4 read an entry, against 6 D flop. The logits' own go where the kernel set says.
+    """
+
+    kernels: Shapes | Kernels
+    problem: Problem
+    aligned: bool = True
+
+    @classmethod
+    def of(cls, kernels: Kernels, problem: Problem, weight_VD: Tensor, transform: Transform) -> "Call":
+        """Rows in the order of a routed backward's blocks are gathered into an aligned buffer."""
+        return cls(kernels, problem, transform.order_V is not None or rows_aligned(weight_VD))
+
+    @cached_property
+    def fused(self) -> bool:
+        return self.kernels.products(self.problem, self.aligned) == "fused"
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return product_dtype(self.problem)
+
+    @property
+    def in_place(self) -> bool:
+        """The gradient chunk takes the place of the library's logits."""
+        return not self.fused and (self.dtype == torch.float32 or self.kernels.narrows_in_place)
+
+    def tile(self, kernel: str, rich: bool) -> FusedTile:
+        return self.kernels.fused_tile(self.problem, kernel, rich, self.aligned)
+
+
+def rows_aligned(weight_VD: Tensor) -> bool:
+    size = weight_VD.element_size()
+    apart = weight_VD.stride(0) >= weight_VD.shape[1]  # not one row, expanded
+    return (
+        apart and weight_VD.stride(1) == 1 and weight_VD.stride(0) * size % 16 == 0 and weight_VD.data_ptr() % 16 == 0
+    )

@@ -1,0 +1,55 @@
+"""What the tests of GPU backends run on: the backends that take the GPU, or without one Triton's kernels in its interpreter and CUDA's in
+the emulator, there with products left to the library ("cuda") and with the kernels for Hopper ("cuda fused")."""
+
+from types import ModuleType
+
+import pytest
+import torch
+from emulated_cuda import emulated_module
+
+from isdaa_kernels.backends.cuda import extension, shapes
+from isdaa_kernels.dispatch import Problem, backend_module, refusal
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class UnderTest:
+    """The backend of the test that runs; Triton's for those that ask it alone."""
+
+    name = "triton"
+    fused = True  # 16-bit products are made by its own kernels
+
+    @property
+    def module(self) -> ModuleType:
+        return backend_module(self.name)
+
+    @property
+    def kernels(self):
+        return self.module._kernels()
+
+    @property
+    def step(self) -> int:
+        """Slabs of tokens are multiples of it."""
+        return self.kernels.slab_step(Problem.of(*[torch.empty(1, 1, device=DEVICE)] * 2, 1))
+
+
+under = UnderTest()
+
+
+def names() -> list[str]:
+    if DEVICE == "cpu":
+        return ["triton", "cuda", "cuda fused"]
+    tensor = torch.empty(1, 1, dtype=torch.bfloat16, device=DEVICE)
+    return [name for name in ("triton", "cuda") if refusal(name, Problem.of(tensor, tensor, 1)) is None]
+
+
+@pytest.fixture(autouse=True, params=names())
+def _under_test(request, monkeypatch):
+    name, *fused = request.param.split()
+    under.name, under.fused = name, name == "triton" or bool(fused)
+    if name == "cuda" and DEVICE == "cpu":
+        monkeypatch.setattr(extension, "native", emulated_module())
+        if fused:
+            monkeypatch.setattr(shapes, "FUSED_ARCHS", (*shapes.FUSED_ARCHS, None))
+    elif name == "cuda":
+        under.fused = torch.cuda.get_device_capability() == (9, 0)
