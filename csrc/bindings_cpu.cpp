@@ -5,7 +5,9 @@
 #include <string>
 
 #include "cpu/linear_logprob_cpu.h"
+#include "cpu/pair_loss_cpu.h"
 #include "cpu/routed_cpu.h"
+#include "keywords.h"
 
 namespace py = pybind11;
 
@@ -128,6 +130,18 @@ void define(py::module_& m, const std::string& suffix) {
         py::arg("log_prob"), py::arg("flat"), py::arg("scale"), py::arg("threads"));
 }
 
+template <class Params>
+void define_pair_loss(py::module_& m, const char* name, void (*function)(const Params&, int)) {
+  m.def(
+      name,
+      [function](int threads, const py::kwargs& arguments) {
+        const Params params = from_keywords<Params>(arguments);
+        py::gil_scoped_release release;
+        function(params, threads);
+      },
+      py::arg("threads"));
+}
+
 }  // namespace
 }  // namespace isdaa
 
@@ -138,6 +152,8 @@ PYBIND11_MODULE(_cpu, m) {
   isdaa::define_routed<float>(m, "float32");
   isdaa::define_routed<double>(m, "float64");
   m.def("list_tokens", &isdaa::bind_list_tokens, py::arg("route"), py::arg("tokens"), py::arg("hidden_count"), py::arg("listed"));
+  isdaa::define_pair_loss(m, "pair_loss_forward", &isdaa::pair_loss_forward);
+  isdaa::define_pair_loss(m, "pair_loss_backward", &isdaa::pair_loss_backward);
   m.def("instruction_set", &isdaa::instruction_set, "The instruction set in use: avx512, avx2 or baseline.");
   m.def(
       "use_instruction_set",

@@ -3,6 +3,7 @@
 Letters: N tokens of a packed batch, D hidden size, V vocabulary, S sequences, P preference pairs.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor
 from isdaa_kernels.linear_logprob import linear_logprob
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.objectives import ImportanceWeight, Objective
-from isdaa_kernels.preference_loss import PreferenceLoss, check_preference, preference_loss
+from isdaa_kernels.preference_loss import (
+    PreferenceLoss,
+    PreferenceTerms,
+    check_preference,
+    dense_preference_loss,
+    fused_preference_loss,
+)
 from isdaa_kernels.routing import Routed
 from isdaa_kernels.sequence_logprob import check_cu_seqlens, sequence_length, sequence_logprob
 from isdaa_kernels.vocab_order import VocabOrder
@@ -49,7 +56,8 @@ def linear_preference_loss(
         policy = sequence_logprob(logprob, cu_seqlens)                           # [S], fp64
         loss, metrics = preference_loss(policy, reference, objective=objective, lengths=..., ...)
 
-    The [N, V] logits are never allocated; one coefficient a token enters the backward of `linear_logprob`.
+    The [N, V] logits are never allocated; one coefficient a token enters the backward of `linear_logprob`. From the log-probs of the
+    tokens to the loss it is one kernel, and one back, for what `isdaa_kernels.pair_loss` covers.
 
     hidden             [N, D] or [1, N, D]; differentiable, as are the head's weight and bias.
     head               an `LMHead`, or its weight [V, D].
@@ -69,9 +77,18 @@ def linear_preference_loss(
     """
     token_shape = _check_batch(hidden, targets, cu_seqlens, validate)
     S = cu_seqlens.numel() - 1
-    settings = {"objective": objective, "importance": importance, "pairs": pairs, "sample_weight": sample_weight}
-    settings |= {"denominator": denominator, **options}
-    check_preference(S, hidden.device, has_lengths=True, has_behaviour=behaviour_logprob is not None, **settings)
+    terms = check_preference(
+        S,
+        hidden.device,
+        objective=objective,
+        importance=importance,
+        pairs=pairs,
+        sample_weight=sample_weight,
+        denominator=denominator,
+        has_lengths=True,
+        has_behaviour=behaviour_logprob is not None,
+        **options,
+    )
     _check_reference(reference_logprob, reference, token_shape)
     for name, logprob in (("reference_logprob", reference_logprob), ("behaviour_logprob", behaviour_logprob)):
         _check_logprob(name, logprob, token_shape, S, hidden.device)
@@ -79,31 +96,65 @@ def linear_preference_loss(
     kernel = {"temperature": temperature, "ignore_index": ignore_index, "max_scored": max_scored}
     kernel |= {"gradient": gradient, "vocab_order": vocab_order}
     kernel |= {"max_workspace_mb": max_workspace_mb, "backend": backend, "validate": validate}
-    scored_N = (targets != ignore_index).reshape(-1)
-    if reference is None:
-        reference_S = _as_sums(reference_logprob, scored_N, cu_seqlens)
-    else:
+    if reference is not None:
         with torch.no_grad():
-            reference_S = _evaluate(*reference, targets, cu_seqlens, kernel)
-    policy_S = _evaluate(hidden, head, targets, cu_seqlens, kernel)
-    behaviour_S = None if behaviour_logprob is None else _as_sums(behaviour_logprob, scored_N, cu_seqlens)
-    lengths_S = sequence_length(scored_N, cu_seqlens)
-    return preference_loss(policy_S, reference_S, lengths=lengths_S, behaviour=behaviour_S, **settings)
+            reference_logprob = _evaluate(*reference, targets, kernel)
+    policy_N = _evaluate(hidden, head, targets, kernel)
+    logprobs = _Logprobs(policy_N, reference_logprob, behaviour_logprob, targets.reshape(-1), cu_seqlens, ignore_index)
+    fused = terms.fused(hidden.device, backend)
+    return logprobs.dense_loss(terms) if fused is None else logprobs.fused_loss(terms, fused)
 
 
-def _evaluate(hidden: Tensor, head: LMHead | Tensor, targets: Tensor, cu_seqlens: Tensor, kernel: dict) -> Tensor:
-    """Sums of the token log-probs, fp64 [S]."""
+@dataclass(frozen=True)
+class _Logprobs:
+    """Log-probs of a packed batch: the policy's by token, the others by token [N] or [1, N], or by sequence [S]."""
+
+    policy_N: Tensor
+    reference: Tensor
+    behaviour: Tensor | None
+    targets_N: Tensor
+    cu_seqlens: Tensor
+    ignore_index: int
+
+    def fused_loss(self, terms: PreferenceTerms, backend: str) -> PreferenceLoss:
+        reference, behaviour = (
+            None if logprob is None else logprob.reshape(-1) if self._by_token(logprob) else logprob[None]
+            for logprob in (self.reference, self.behaviour)
+        )
+        return fused_preference_loss(
+            terms,
+            backend,
+            self.policy_N,
+            reference,
+            behaviour,
+            cu_seqlens=self.cu_seqlens,
+            scored=self.targets_N,
+            ignore_index=self.ignore_index,
+        )
+
+    def dense_loss(self, terms: PreferenceTerms) -> PreferenceLoss:
+        scored_N = self.targets_N != self.ignore_index
+        policy_S = sequence_logprob(self.policy_N, self.cu_seqlens)
+        reference_S = self._sums(self.reference, scored_N)
+        behaviour_S = None if self.behaviour is None else self._sums(self.behaviour, scored_N)
+        return dense_preference_loss(
+            terms, policy_S, reference_S, behaviour_S, sequence_length(scored_N, self.cu_seqlens)
+        )
+
+    def _by_token(self, logprob: Tensor) -> bool:
+        return logprob.numel() == self.targets_N.numel()
+
+    def _sums(self, logprob: Tensor, scored_N: Tensor) -> Tensor:
+        if self._by_token(logprob):
+            return sequence_logprob(logprob.detach().reshape(-1), self.cu_seqlens, mask=scored_N)
+        return logprob.detach()
+
+
+def _evaluate(hidden: Tensor, head: LMHead | Tensor, targets: Tensor, kernel: dict) -> Tensor:
+    """Token log-probs [N]."""
     head = head if isinstance(head, LMHead) else LMHead(head)
     transforms = {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
-    logprob = linear_logprob(hidden, head.weight, targets, **transforms, **kernel)
-    return sequence_logprob(logprob.reshape(-1), cu_seqlens)
-
-
-def _as_sums(logprob: Tensor, scored_N: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Log-probs that were given, per token or per sequence, as sums [S]."""
-    if logprob.numel() == scored_N.numel():
-        return sequence_logprob(logprob.detach().reshape(-1), cu_seqlens, mask=scored_N)
-    return logprob.detach()
+    return linear_logprob(hidden, head.weight, targets, **transforms, **kernel).reshape(-1)
 
 
 def _check_batch(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, validate: bool) -> torch.Size:

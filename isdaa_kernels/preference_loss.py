@@ -1,8 +1,9 @@
 """Sequence log-probs of policy and reference -> the loss of a preference objective, with its metrics.
 
-Letters: S sequences, P preference pairs.
+Letters: S sequences, P preference pairs, N tokens of a packed batch.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from isdaa_kernels.objectives import ImportanceWeight, Objective, Pair, PairLogprob, get_objective
 from isdaa_kernels.objectives.importance import PairWeight
-from isdaa_kernels.objectives.metrics import pair_metrics
+from isdaa_kernels.objectives.metrics import PAIR_METRICS, pair_metrics
+from isdaa_kernels.objectives.pairwise import dpo, ipo, ipo_mean, slic
+from isdaa_kernels.ops import pair_loss_backend, pair_loss_forward
+from isdaa_kernels.pair_loss import BASES, MODES, PairLossNumbers
 
 
 class PreferenceLoss(NamedTuple):
@@ -61,9 +65,13 @@ def preference_loss(
 
     No pairs: the loss is 0, with zero gradients. A NaN reaches the loss and no gradient but that of its own pair. No
     host sync. Raises ValueError for shapes, dtypes, devices, names and options other than these, before any work.
+
+    The objectives of this library run as one kernel forward and one backward (`isdaa_kernels.pair_loss` says what that
+    covers), and have no second derivative then; all else is computed by PyTorch from the objective's own formula. The
+    two are equal to within fp64 rounding.
     """
     _check_sums(policy, reference=reference, lengths=lengths, behaviour=behaviour)
-    objective, importance, options = check_preference(
+    terms = check_preference(
         policy.numel(),
         policy.device,
         objective=objective,
@@ -77,13 +85,118 @@ def preference_loss(
         **options,
     )
 
-    pair, nonempty_P = _make_pairs(policy, reference, behaviour, lengths, pairs)
-    weight = _weigh(importance, pair, nonempty_P)
-    loss_P = weight.weight * objective.function(pair, **options)
-    if sample_weight is not None:
-        loss_P = loss_P * sample_weight.detach()
+    fused = terms.fused(policy.device)
+    if fused is not None:
+        return fused_preference_loss(terms, fused, policy, reference, behaviour, scored=lengths)
+    return dense_preference_loss(terms, policy, reference, behaviour, lengths)
+
+
+@dataclass(frozen=True)
+class PreferenceTerms:
+    """What a call asks for, checked and in full; options that are tensors are fp64."""
+
+    P: int
+    objective: Objective
+    importance: ImportanceWeight | None
+    options: dict[str, float | Tensor]
+    pairs: Tensor | None
+    sample_weight: Tensor | None
+    denominator: float | Tensor | None
+
+    def fused(self, device: torch.device, backend: str | None = None) -> str | None:
+        """The backend whose kernels give this loss; None where PyTorch does."""
+        base = _base_of(self.objective)
+        if base is None or (self.importance is not None and type(self.importance) is not ImportanceWeight):
+            return None
+        settings = [x for x in (*self.options.values(), self.denominator) if isinstance(x, Tensor)]
+        if any(x.requires_grad or x.device != device for x in settings):
+            return None
+        return pair_loss_backend(device.type, backend)
+
+    def by_pair(self, device: torch.device) -> Tensor | None:
+        """beta, label_smoothing, sample_weight and denominator of each pair, fp64 [4, P]; None where all pairs have the same numbers."""
+        weight = 1.0 if self.sample_weight is None else self.sample_weight.detach()
+        denominator = max(self.P, 1) if self.denominator is None else self.denominator
+        values = (self.options["beta"], self.options.get("label_smoothing", 0.0), weight, denominator)
+        if not any(isinstance(value, Tensor) for value in values):
+            return None
+        # a number is filled in, not copied to the device, which would wait
+        rows = (
+            value.detach().double().reshape(-1).expand(self.P)
+            if isinstance(value, Tensor)
+            else torch.full((self.P,), value, dtype=torch.float64, device=device)
+            for value in values
+        )
+        return torch.stack(list(rows))
+
+    def numbers(self, ignore_index: int) -> PairLossNumbers:
+        def number(value: float | Tensor | None) -> float:  # a tensor's are read from `by_pair`
+            return 0.0 if value is None or isinstance(value, Tensor) else float(value)
+
+        options = {name: number(self.options.get(name)) for name in ("beta", "label_smoothing")}
+        options |= {"base": BASES.index(_base_of(self.objective)), "denominator": number(self.denominator)}
+        options["ignore_index"] = ignore_index
+        weight = self.importance
+        if weight is None:
+            return PairLossNumbers(**options)
+        return PairLossNumbers(
+            **options,
+            mode=MODES.index(weight.mode),
+            weighted=True,
+            normalize=weight.normalize,
+            detach=weight.detach,
+            epsilon=float(weight.epsilon),
+            floor=0.0 if weight.floor is None else float(weight.floor),
+            power=float(weight.power),
+            length_exponent=float(weight.length_exponent),
+        )
+
+
+def _base_of(objective: Objective) -> str | None:
+    """The name in `BASES` of the pair loss that an objective has, with or without a weight."""
+    functions = {"dpo": dpo, "ipo": ipo, "ipo_mean": ipo_mean, "slic": slic}
+    return next((name for name, function in functions.items() if objective.function is function), None)
+
+
+def fused_preference_loss(
+    terms: PreferenceTerms,
+    backend: str,
+    policy: Tensor,
+    reference: Tensor,
+    behaviour: Tensor | None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scored: Tensor | None = None,
+    ignore_index: int = -100,
+) -> PreferenceLoss:
+    """The loss from sums [S], where `scored` are lengths, or, with `cu_seqlens`, from the token log-probs [N] of a packed batch, where
+    `scored` are targets, and reference and behaviour [1, S] are sums. Tokens without a target are not read and get the gradient 0."""
+    loss, metrics, _ = pair_loss_forward(
+        policy,
+        reference.detach(),
+        None if behaviour is None else behaviour.detach(),
+        cu_seqlens,
+        None if scored is None else scored.detach(),
+        terms.pairs,
+        terms.by_pair(policy.device),
+        terms.numbers(ignore_index).pack(),
+        backend,
+    )
+    return PreferenceLoss(loss, dict(zip(PAIR_METRICS, metrics.unbind(0), strict=True)))
+
+
+def dense_preference_loss(
+    terms: PreferenceTerms, policy: Tensor, reference: Tensor, behaviour: Tensor | None, lengths: Tensor | None
+) -> PreferenceLoss:
+    """The loss from sums [S] by the objective's own formula and autograd."""
+    pair, nonempty_P = _make_pairs(policy, reference, behaviour, lengths, terms.pairs)
+    weight = _weigh(terms.importance, pair, nonempty_P)
+    loss_P = weight.weight * terms.objective.function(pair, **terms.options)
+    if terms.sample_weight is not None:
+        loss_P = loss_P * terms.sample_weight.detach()
     loss_P = torch.where(nonempty_P, loss_P, 0)
-    loss = loss_P.sum() / (max(loss_P.numel(), 1) if denominator is None else denominator)
+    denominator = max(loss_P.numel(), 1) if terms.denominator is None else terms.denominator
+    loss = (loss_P.sum() / denominator).reshape(())
     return PreferenceLoss(loss.float(), pair_metrics(pair, weight, loss_P, nonempty_P))
 
 
@@ -135,8 +248,8 @@ def check_preference(
     has_lengths: bool = False,
     has_behaviour: bool = False,
     **options: float | Tensor,
-) -> tuple[Objective, ImportanceWeight | None, dict[str, float | Tensor]]:
-    """Checks what can be checked before the log-probs exist; the objective, importance weight and options in full."""
+) -> PreferenceTerms:
+    """Checks what can be checked before the log-probs exist."""
     objective = get_objective(objective)
     importance = objective.resolve_importance(importance)
     options = objective.resolve_options(options if beta is None else {"beta": beta, **options})
@@ -148,7 +261,8 @@ def check_preference(
     P = S // 2 if pairs is None else pairs.shape[0]
     _check_per_pair(P, device, sample_weight=sample_weight, **options)
     _check_denominator(denominator)
-    return objective, importance, options
+    options = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
+    return PreferenceTerms(P, objective, importance, options, pairs, sample_weight, denominator)
 
 
 def _check_pairs(pairs: Tensor | None, S: int, device: torch.device) -> None:

@@ -109,7 +109,7 @@ def _normalized(log_weight_P: Tensor, nonempty_P: Tensor) -> Tensor:
 
 
 def is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _in(value: object, low: float, high: float) -> bool:

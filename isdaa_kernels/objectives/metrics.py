@@ -10,6 +10,11 @@ from isdaa_kernels.objectives.importance import PairWeight
 from isdaa_kernels.objectives.pair import PairLogprob
 
 VANISHED = 1e-3
+# The names of `pair_metrics` in their order, for kernels that make the same numbers.
+PAIR_METRICS = (
+    "loss/mean", "margin/mean", "accuracy/frac", "chosen/mean", "rejected/mean", "weight/mean", "weight/max", "weight/clipped_frac",
+    "weight/vanished_frac", "weight/ess", "log_weight/mean", "kl/mean", "empty_pairs/count",
+)  # fmt: skip
 
 
 @torch.no_grad()
