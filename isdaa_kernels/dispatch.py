@@ -10,9 +10,9 @@ from torch import Tensor
 
 from isdaa_kernels.routing import Routed
 
-PREFERENCE = ("triton", "cpu", "reference")
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
 # device type -> the backends made for it; `reference` never stands in for them in silence
-ACCELERATED = {"cuda": ("triton",), "cpu": ("cpu",)}
+ACCELERATED = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,24 @@ import torch
 from isdaa_kernels import NoBackend, Routed, explain_backends
 from isdaa_kernels.backends import triton as triton_backend
 from isdaa_kernels.backends.cpu import tiles
+from isdaa_kernels.backends.cuda import extension
 from isdaa_kernels.dispatch import PREFERENCE, Problem, select_backend
 
 CPU = Problem("cpu", torch.float32, torch.float32, 4, 3, 5)
 CUDA = Problem("cuda", torch.float32, torch.float32, 4, 3, 5, arch="sm_90")
+
+
+class Built:
+    """As `isdaa_kernels._cuda` says of itself."""
+
+    emulated, archs = False, "80,90a"
+
+
+@pytest.fixture(autouse=True)
+def _without_cuda_kernels(monkeypatch):
+    """Alike whether nvcc was there or not."""
+    monkeypatch.setattr(extension, "native", None)
+    monkeypatch.setattr(extension, "missing", "no nvcc")
 
 
 def test_the_accelerated_backend_comes_first():
@@ -23,7 +37,7 @@ def test_the_accelerated_backend_comes_first():
 def test_a_backend_asked_for_by_name_refuses_with_its_sentence():
     with pytest.raises(NoBackend, match="backend 'cpu' refuses: takes tensors on the CPU, not on cuda"):
         select_backend(CUDA, "cpu")
-    with pytest.raises(ValueError, match="backend: expected one of triton, cpu, reference or None, got 'tpu'"):
+    with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, reference or None, got 'tpu'"):
         select_backend(CPU, "tpu")
 
 
@@ -39,14 +53,21 @@ def test_reference_never_stands_in_for_a_missing_cpu_backend(monkeypatch):
 def test_explain_backends_has_a_line_for_each():
     lines = explain_backends(CUDA).splitlines()
     assert [line.split(":")[0] for line in lines] == list(PREFERENCE)
-    assert lines[0].endswith("takes it")
-    assert "refuses: takes tensors on the CPU" in lines[1]
-    assert lines[2].endswith("takes it")
+    assert (
+        lines[0]
+        == "cuda: not built: no nvcc; refuses: the compiled part is missing (no nvcc); reinstall isdaa-kernels where nvcc is"
+    )
+    assert lines[1].endswith("takes it")
+    assert "refuses: takes tensors on the CPU" in lines[2]
+    assert lines[3].endswith("takes it")
     assert tiles.native.instruction_set() in explain_backends()
 
 
-def test_a_gpu_gets_the_triton_backend():
+def test_a_gpu_gets_the_compiled_kernels_where_they_were_built_for_it(monkeypatch):
     assert select_backend(CUDA).__name__.endswith(".triton")
+    monkeypatch.setattr(extension, "native", Built)
+    assert select_backend(CUDA).__name__.endswith(".cuda")
+    assert select_backend(replace(CUDA, arch="sm_100")).__name__.endswith(".triton")
     assert select_backend(replace(CUDA, arch="gfx942")).__name__.endswith(".triton")
 
 
@@ -67,7 +88,7 @@ def test_refusals_of_the_triton_backend(change, sentence):
     problem = replace(CUDA, **change)
     with pytest.raises(NoBackend, match=f"backend 'triton' refuses: .*{sentence}"):
         select_backend(problem, "triton")
-    assert re.search(sentence, explain_backends(problem).splitlines()[0])
+    assert re.search(sentence, explain_backends(problem).splitlines()[1])
     if problem.device_type == "cuda":
         with pytest.raises(NoBackend, match=f"triton: .*{sentence}.*backend='reference'"):
             select_backend(problem)

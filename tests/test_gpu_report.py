@@ -246,7 +246,7 @@ def test_every_backend_that_takes_the_problem_is_a_contender():
     """Triton's interpreter is among them where the environment asks for it, but never the library's own choice."""
     names = find_backends(TINY)
     assert names[0] == "cpu"
-    assert {"cpu", "reference"} <= set(names) <= {"cpu", "reference", "triton"}
+    assert {"cpu", "reference"} <= set(names) <= {"cpu", "reference", "triton", "cuda"}
     providers = {entry.backend: entry.contender.provider for entry in make_contenders(TINY)[::-1] if entry.backend}
     assert providers == {name: "isdaa" if name == "cpu" else f"isdaa_{name}" for name in names}
     assert len({entry.name for entry in make_contenders(TINY)}) == len(make_contenders(TINY))
@@ -414,7 +414,7 @@ def test_without_pytest_the_report_says_so(monkeypatch):
 
 
 def test_device_tests_are_found():
-    assert device_tests.find_device_tests("cpu") == ["tests/test_device.py"]
+    assert device_tests.find_device_tests("cpu") == ["tests/test_device.py", "tests/test_pair_loss_device.py"]
     assert device_tests.find_device_tests("cuda")[0] == "tests/test_device.py"
 
 

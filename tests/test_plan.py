@@ -1,10 +1,19 @@
 """The planner: what it promises is what is allocated and multiplied."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from isdaa_kernels import Routed, linear_logprob, plan
+from isdaa_kernels.backends.cuda import extension
 from isdaa_kernels.testing import FlopCounter, make_sample
+
+
+@pytest.fixture(autouse=True)
+def _without_cuda_kernels(monkeypatch):
+    """Alike whether nvcc was there or not."""
+    monkeypatch.setattr(extension, "native", None)
 
 
 def test_more_workspace_buys_less_work():
@@ -88,15 +97,20 @@ def test_the_bytes_of_the_plan_hold(dtype, workspace, coefficient):
 
 
 # The sizes of current models. Beside the fp32 sums of d_hidden (4 D bytes a token) the default is 512 MiB.
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize(
+    ("backend", "arch"),
+    [("triton", arch) for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")]
+    + [("cuda", arch) for arch in ("sm_80", "sm_90", "sm_100")],
+)
 @pytest.mark.parametrize(
     ("N", "D", "V"),
     [(8192, 4096, 128256), (8192, 4096, 151936), (16384, 2048, 248320), (8192, 2304, 256000), (262144, 2048, 131072)],
 )
-def test_the_plan_of_a_gpu_that_is_not_here(N, D, V, arch):
-    there = {"device": "cuda", "arch": arch}
+def test_the_plan_of_a_gpu_that_is_not_here(monkeypatch, N, D, V, backend, arch):
+    monkeypatch.setattr(extension, "native", SimpleNamespace(emulated=False, archs="80,90a,100a"))
+    there = {"device": "cuda", "arch": arch, "backend": backend}
     default = plan(N, V, D, torch.bfloat16, **there)
-    assert (default.backend, default.units, default.split) == ("triton", 4.0, False)
+    assert (default.backend, default.units, default.split) == (backend, 4.0, False)
     assert default.bytes <= (512 << 20) + 4 * N * D
     frozen = plan(N, V, D, torch.bfloat16, frozen_head=True, **there)
     assert (frozen.units, frozen.bytes <= 512 << 20) == (3.0, True)
