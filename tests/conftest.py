@@ -9,6 +9,10 @@ if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that shared their threads would wait for each other
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device of tests/test_device.py, for example cuda")
 
