@@ -13,6 +13,8 @@ from isdaa_kernels.routing import Routed
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 # device type -> the backends made for it; `reference` never stands in for them in silence
 ACCELERATED = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+# Where CUDA's kernels are fused with the product, as Triton's are everywhere; elsewhere Triton comes first.
+COMPILED_FIRST = ("sm_90",)
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,15 @@ def refusal(name: str, problem: Problem) -> str | None:
 
 
 def select_backend(problem: Problem, name: str | None = None) -> ModuleType:
-    """The backend asked for, or the first of PREFERENCE that takes the problem. Raises NoBackend with every refusal."""
+    """The backend asked for, or the first that takes the problem of those made for its device. Raises NoBackend with every refusal."""
     if name is not None:
         reason = refusal(name, problem)
         if reason is not None:
             raise NoBackend(f"backend {name!r} refuses: {reason}")
         return backend_module(name)
     made_for_it = ACCELERATED.get(problem.device_type)
+    if made_for_it and problem.arch not in COMPILED_FIRST:
+        made_for_it = sorted(made_for_it, key=lambda candidate: candidate == "cuda")
     reasons = []
     for candidate in made_for_it or ("reference",):
         reason = refusal(candidate, problem)

@@ -1,5 +1,6 @@
 """What the tests of GPU backends run on: the backends that take the GPU, or without one Triton's kernels in its interpreter and CUDA's in
-the emulator, there with products left to the library ("cuda") and with the kernels for Hopper ("cuda fused")."""
+the emulator. CUDA's run in both of their ways wherever they can: with products left to the library ("cuda library") and, for 16-bit
+factors, with the kernels for Hopper ("cuda fused")."""
 
 from types import ModuleType
 
@@ -38,18 +39,18 @@ under = UnderTest()
 
 def names() -> list[str]:
     if DEVICE == "cpu":
-        return ["triton", "cuda", "cuda fused"]
+        return ["triton", "cuda library", "cuda fused"]
     tensor = torch.empty(1, 1, dtype=torch.bfloat16, device=DEVICE)
-    return [name for name in ("triton", "cuda") if refusal(name, Problem.of(tensor, tensor, 1)) is None]
+    here = [name for name in ("triton", "cuda") if refusal(name, Problem.of(tensor, tensor, 1)) is None]
+    fused = ["cuda fused"] if "cuda" in here and Problem.of(tensor, tensor, 1).arch in shapes.FUSED_ARCHS else []
+    return [name.replace("cuda", "cuda library") for name in here] + fused
 
 
 @pytest.fixture(autouse=True, params=names())
 def _under_test(request, monkeypatch):
-    name, *fused = request.param.split()
-    under.name, under.fused = name, name == "triton" or bool(fused)
-    if name == "cuda" and DEVICE == "cpu":
-        monkeypatch.setattr(extension, "native", emulated_module())
-        if fused:
-            monkeypatch.setattr(shapes, "FUSED_ARCHS", (*shapes.FUSED_ARCHS, None))
-    elif name == "cuda":
-        under.fused = torch.cuda.get_device_capability() == (9, 0)
+    under.name, _, way = request.param.partition(" ")
+    under.fused = way != "library"
+    if under.name == "cuda":
+        monkeypatch.setattr(shapes, "FUSED_ARCHS", (*shapes.FUSED_ARCHS, None) if under.fused else ())
+        if DEVICE == "cpu":
+            monkeypatch.setattr(extension, "native", emulated_module())

@@ -67,8 +67,11 @@ def test_a_gpu_gets_the_compiled_kernels_where_they_were_built_for_it(monkeypatc
     assert select_backend(CUDA).__name__.endswith(".triton")
     monkeypatch.setattr(extension, "native", Built)
     assert select_backend(CUDA).__name__.endswith(".cuda")
+    assert select_backend(replace(CUDA, arch="sm_80")).__name__.endswith(".triton")
     assert select_backend(replace(CUDA, arch="sm_100")).__name__.endswith(".triton")
     assert select_backend(replace(CUDA, arch="gfx942")).__name__.endswith(".triton")
+    monkeypatch.setattr(triton_backend, "triton_version", lambda: None)
+    assert select_backend(replace(CUDA, arch="sm_80")).__name__.endswith(".cuda")
 
 
 # What the Triton backend does not take, each with the word that must be in the sentence.

@@ -15,8 +15,11 @@ MOST_WORKERS = 8
 _WORDS = "PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS"
 _LINE = re.compile(rf"^(?P<name>\S+::.*?) (?P<word>{_WORDS})\b")
 _WORKER_LINE = re.compile(rf"^\[gw\d+\] \[ *\d+%\] (?P<word>{_WORDS}) (?P<name>\S+::.*?)\s*$")  # with pytest-xdist
-_PLACES = ("tests/test_device*.py", "tests/test_*_device.py")
-_GPU_PLACES = ("tests/test_gpu_backends*.py",)  # on a CPU they take an interpreter or an emulator
+_PLACES = ("tests/test_device*.py",)
+_GPU_PLACES = (
+    "tests/test_gpu_backends*.py",
+    "tests/test_*_device.py",
+)  # the first take an interpreter or an emulator on a CPU
 
 
 def find_device_tests(device: str, root: Path = ROOT) -> list[str]:
