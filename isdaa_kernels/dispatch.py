@@ -1,5 +1,6 @@
 """Which backend runs a problem. A backend is a folder under `backends/` with the functions named in `backends/__init__.py`."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -58,6 +59,11 @@ def device_arch(device: torch.device) -> str | None:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def on(device: torch.device):
+    """Kernels are launched on the current device: make it that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class NoBackend(RuntimeError):

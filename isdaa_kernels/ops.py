@@ -5,7 +5,6 @@ string joined by commas, since a schema holds no list of strings.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from isdaa_kernels.dispatch import ACCELERATED, NoBackend, Problem, device_arch, refusal, select_backend
+from isdaa_kernels.dispatch import ACCELERATED, NoBackend, Problem, device_arch, on, refusal, select_backend
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.pair_loss import METRICS, Packing, PairLossCall, PairLossNumbers
 from isdaa_kernels.routing import Routed
@@ -454,11 +453,6 @@ def _pair_loss_module(backend: str, device: torch.device) -> ModuleType:
     return import_module(_PAIR_LOSS[_first_pair_loss(device) if backend == _FIRST else backend][1])
 
 
-def _on(device: torch.device):
-    """Kernels are launched on the current device: make it that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 @cache
 def _first_pair_loss(device: torch.device) -> str:
     small = Problem(device.type, torch.float32, torch.float32, 1, 1, 1, arch=device_arch(device))
@@ -487,7 +481,7 @@ def pair_loss_forward(
     """(loss [], metrics [METRICS], slope fp64 [2, P]: d loss / d(sum) of the chosen and the rejected). `PairLossCall` says what the
     arguments are; numbers: `PairLossNumbers.pack`. Few arguments: what PyTorch spends on a call grows with their square."""
     call = PairLossCall.of(policy, reference, behaviour, cu_seqlens, scored, pairs, terms, numbers)
-    with _on(policy.device):
+    with on(policy.device):
         return _pair_loss_module(backend, policy.device).forward(call)
 
 
@@ -512,7 +506,7 @@ def pair_loss_backward(
 ) -> Tensor:
     """d_policy [N] in the dtype of `policy`, of which nothing else is read: grad [] times the slopes of each sequence."""
     packing = Packing.of(policy.shape[0], cu_seqlens, targets, pairs, ignore_index)
-    with _on(policy.device):
+    with on(policy.device):
         return _pair_loss_module(backend, policy.device).backward(packing, grad, slope, policy)
 
 

@@ -104,7 +104,7 @@ class PreferenceTerms:
     denominator: float | Tensor | None
 
     def fused(self, device: torch.device, backend: str | None = None) -> str | None:
-        """The backend whose kernels give this loss; None where PyTorch does."""
+        """Which kernels give this loss, as `pair_loss_backend` says; None where PyTorch does."""
         base = _base_of(self.objective)
         if base is None or (self.importance is not None and type(self.importance) is not ImportanceWeight):
             return None

@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_gpu_backends import DEVICE, PLAIN, RICH, assert_contract, sample_of, truth_and_dense
+from test_gpu_backends import (  # noqa: F401 (a fixture)
+    DEVICE,
+    PLAIN,
+    RICH,
+    _small_slabs,
+    assert_contract,
+    sample_of,
+    truth_and_dense,
+)
 
 from isdaa_kernels import linear_logprob
 from isdaa_kernels.backends import triton as triton_backend
@@ -20,15 +28,6 @@ from isdaa_kernels.testing import FlopCounter, Sample, poisoned_empty
 def _poison():
     with poisoned_empty():
         yield
-
-
-@pytest.fixture
-def _small_slabs(monkeypatch):
-    step = 256 if DEVICE == "cuda" else 32
-    monkeypatch.setattr(plans, "SLAB_TOKENS", (2 * step, step))
-    monkeypatch.setattr(plans, "CHUNK_COLUMNS", (128,))
-    monkeypatch.setattr(plans, "WEIGHT_ROWS", 48)
-    monkeypatch.setattr(plans, "_FORWARD_TOKENS", step)
 
 
 def ours(sample: Sample, **options) -> tuple[torch.Tensor, ...]:

@@ -90,7 +90,13 @@ __device__ __forceinline__ float block_max(float x, float* shared) {
   return top;
 }
 
-// kCount neighbouring numbers, in loads of 16 bytes where kAligned says that the address allows it.
+// Live tokens of a slab: it may begin behind the last of the call.
+__device__ __forceinline__ int64_t live_tokens(const int32_t* count, int64_t first, int64_t T) {
+  const int64_t left = *count - first;
+  return left < 0 ? 0 : left < T ? left : T;
+}
+
+// kCount neighbouring numbers in one load, whose address is a multiple of its size.
 template <int kCount, class T>
 struct alignas(sizeof(T) * kCount) Pack {
   T value[kCount];

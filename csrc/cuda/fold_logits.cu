@@ -11,7 +11,7 @@ template <class T, int kLanes, int kCount>
 void launch_slots(const FoldLogits& p, cudaStream_t stream) {
   const int64_t slots = ceil_div(p.end - p.begin, kLanes * kCount);
   const dim3 grid(grid_x(p.T, kName), grid_y(ceil_div(slots, kFoldThreads / kLanes), kName));
-  const bool wide = p.stride_v == 1 && p.stride_n * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(p.logits) % 16 == 0;
+  const bool wide = rows_aligned(p.logits, p.stride_n, p.stride_v, sizeof(T));
   const bool stats = p.partial_entropy || p.partial_total || p.partial_squares;
   auto kernel = wide ? (stats ? fold_logits_kernel<T, kLanes, kCount, true, true> : fold_logits_kernel<T, kLanes, kCount, true, false>)
                      : (stats ? fold_logits_kernel<T, kLanes, kCount, false, true> : fold_logits_kernel<T, kLanes, kCount, false, false>);

@@ -7,10 +7,6 @@ namespace {
 
 const char* kName = "gradient_logits";
 
-bool rows_aligned(const void* first, int64_t stride_n, int64_t stride_v, size_t size) {
-  return stride_v == 1 && stride_n * size % 16 == 0 && reinterpret_cast<uintptr_t>(first) % 16 == 0;
-}
-
 template <class In, class Out>
 void launch_types(const GradientLogits& p, cudaStream_t stream) {
   const bool wide = rows_aligned(p.logits, p.stride_n, p.stride_v, sizeof(In)) &&

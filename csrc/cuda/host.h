@@ -28,6 +28,11 @@ inline void expect_pointer(const void* pointer, const char* kernel, const char* 
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether rows of neighbouring numbers, `size` bytes each, begin on 16-byte borders.
+inline bool rows_aligned(const void* first, int64_t stride_n, int64_t stride_v, size_t size) {
+  return stride_v == 1 && stride_n * size % 16 == 0 && reinterpret_cast<uintptr_t>(first) % 16 == 0;
+}
+
 // A dimension of a grid; CUDA takes 2^31 - 1 in x and 65535 in y.
 inline unsigned grid_x(int64_t blocks, const char* kernel) {
   expect(blocks >= 0 && blocks <= 0x7fffffff, kernel, "grid", "at most 2147483647 blocks", blocks);

@@ -58,12 +58,6 @@ struct Tiles {
   }
 };
 
-// Live tokens of a slab: it may begin behind the last of the call.
-__device__ __forceinline__ int64_t live_tokens(const int32_t* count, int64_t first, int64_t T) {
-  const int64_t left = *count - first;
-  return left < 0 ? 0 : left < T ? left : T;
-}
-
 struct Head {
   float logit_scale, softcap;  // softcap 0: none
   float scale_in_cap;          // logit_scale / softcap

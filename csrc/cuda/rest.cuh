@@ -15,12 +15,6 @@ struct RestToken {
 };
 
 template <class Params>
-__device__ __forceinline__ int live_tokens(const Params& p) {
-  const int64_t live = *p.count - p.first < p.T ? *p.count - p.first : p.T;
-  return live > 0 ? (int)live : 0;
-}
-
-template <class Params>
 __device__ __forceinline__ RestToken load_rest_token(const Params& p, int64_t i, int live) {
   if (i >= live) return {};
   return {p.rows[p.first + i], p.tokens[kPlain * p.T + i] * (p.logit_scale * p.tokens[kInverseTemperature * p.T + i])};
@@ -100,7 +94,7 @@ template <class T>
 __global__ void __launch_bounds__(kProductThreads, 2) rest_weight_kernel(const __grid_constant__ RestWeight p) {
   using Tile = RestWeightTile<T>;
   ISDAA_DYNAMIC_SHARED(shared);
-  const int live = live_tokens(p), first_d = blockIdx.x * Tile::N;
+  const int live = (int)live_tokens(p.count, p.first, p.T), first_d = blockIdx.x * Tile::N;
   const int64_t first_block = (int64_t)blockIdx.y * kRestRows;
   const Matrix<T> hidden(p.hidden, p.stride_hidden, 1, p.D);
   RestOfBlocks<typename Tile::A> a = {p, first_block, live, {}, {}, 0.0f};
@@ -124,7 +118,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) rest_weight_kernel(const _
 // The same for a few fp32 columns. Grid: (B, D).
 __global__ void __launch_bounds__(kProductThreads) rest_weight_narrow_kernel(const __grid_constant__ RestWeight p) {
   __shared__ float shared_sums[kProductThreads / kWarp];
-  const int live = live_tokens(p);
+  const int live = (int)live_tokens(p.count, p.first, p.T);
   const int64_t b = blockIdx.x, d = blockIdx.y;
   float sum = 0.0f;
   for (int i = threadIdx.x; i < live; i += kProductThreads) {
@@ -218,7 +212,7 @@ template <class T>
 __global__ void __launch_bounds__(kProductThreads, 2) rest_hidden_kernel(const __grid_constant__ RestHidden p) {
   using Tile = RestHiddenTile<T>;
   ISDAA_DYNAMIC_SHARED(shared);
-  const int live = live_tokens(p), first_token = blockIdx.y * kRestRows, first_d = blockIdx.x * Tile::N;
+  const int live = (int)live_tokens(p.count, p.first, p.T), first_token = blockIdx.y * kRestRows, first_d = blockIdx.x * Tile::N;
   if (first_token >= live) return;
   const int64_t i = first_token + threadIdx.x % kRestRows;
   RestOfTokens<typename Tile::A> a = {p, i, load_rest_token(p, i, live), {}};

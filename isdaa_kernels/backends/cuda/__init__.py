@@ -5,29 +5,25 @@ elsewhere the library makes them, chunk by chunk, and one read of each turns the
 place. Needs `isdaa_kernels._cuda`, which `pip install` builds where it finds nvcc.
 """
 
-import torch
 from torch import Tensor
 
 from isdaa_kernels.backends.cuda import extension
 from isdaa_kernels.backends.cuda.launch import CudaKernels
-from isdaa_kernels.backends.cuda.shapes import BLOCKS, CudaShapes
+from isdaa_kernels.backends.cuda.shapes import CudaShapes
 from isdaa_kernels.backends.gpu import backward_pass, forward_pass, logits_pass, plan
+from isdaa_kernels.backends.gpu.call import refusal_of_numbers
 from isdaa_kernels.backends.gpu.library import torch_too_old
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.workspace import Plan
 
 __all__ = ["backward", "backward_logits", "describe", "forward", "forward_logits", "make_plan", "refusal"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 def refusal(problem: Problem) -> str | None:
     native = extension.native
-    for name, dtype in (("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)):
-        if dtype not in _DTYPES:
-            return f"takes float16, bfloat16 and float32, not {name} in {dtype}"
-    if problem.routed is not None and problem.routed.block not in BLOCKS:
-        return f"routes blocks of {', '.join(map(str, BLOCKS))} vocabulary rows, not of {problem.routed.block}"
+    unfit = refusal_of_numbers(problem)
+    if unfit is not None:
+        return unfit
     if native is None:
         return f"the compiled part is missing ({extension.missing}); reinstall isdaa-kernels where nvcc is"
     if problem.device_type != "cuda":

@@ -9,7 +9,6 @@ from isdaa_kernels.dispatch import Problem
 
 FUSED_ARCHS = ("sm_90",)  # with tensor memory accelerator and wgmma
 SLOT_COLUMNS, FINE_SLOT_COLUMNS = 2048, 64
-BLOCKS = (64, 128, 256)  # of routed gradients
 
 
 @dataclass(frozen=True)

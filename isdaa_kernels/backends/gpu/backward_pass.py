@@ -14,10 +14,10 @@ from isdaa_kernels.backends.gpu.kernels import Kernels
 from isdaa_kernels.backends.gpu.library import product
 from isdaa_kernels.backends.gpu.plan import make_plan
 from isdaa_kernels.backends.gpu.routed_pass import backward_routed
-from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets, on, padded_rows
+from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets, padded_rows
 from isdaa_kernels.backends.gpu.sums import BiasSum, HiddenSum, TargetOrder, WeightSum
 from isdaa_kernels.backends.gpu.upstream import Upstream
-from isdaa_kernels.dispatch import Problem
+from isdaa_kernels.dispatch import Problem, on
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import TokenGradient
 from isdaa_kernels.workspace import ceil_div

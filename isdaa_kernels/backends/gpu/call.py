@@ -17,6 +17,20 @@ def product_dtype(problem: Problem) -> torch.dtype:
     return problem.hidden_dtype if same and problem.hidden_dtype.itemsize == 2 else torch.float32
 
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BLOCKS = (64, 128, 256)  # of routed gradients: what the partial log-sum-exps add up to, which hold 64 columns each
+
+
+def refusal_of_numbers(problem: Problem) -> str | None:
+    """What no kernel set takes, whatever the device."""
+    for name, dtype in (("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)):
+        if dtype not in DTYPES:
+            return f"takes float16, bfloat16 and float32, not {name} in {dtype}"
+    if problem.routed is not None and problem.routed.block not in BLOCKS:
+        return f"routes blocks of {', '.join(map(str, BLOCKS))} vocabulary rows, not of {problem.routed.block}"
+    return None
+
+
 @dataclass(frozen=True)
 class Call:
     """aligned: the rows of the head that are multiplied lie on 16-byte borders. A plan without tensors takes them to be.

@@ -13,10 +13,10 @@ from isdaa_kernels.backends.gpu.kernels import Kernels
 from isdaa_kernels.backends.gpu.library import product
 from isdaa_kernels.backends.gpu.partials import Partials, outputs
 from isdaa_kernels.backends.gpu.plan import fold_slots, forward_shape, make_plan, slot_columns
-from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets, on, padded_rows
+from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets, padded_rows
 from isdaa_kernels.backends.gpu.top_k import NAMES, TopK, add_products
 from isdaa_kernels.backends.gpu.weight_rows import WeightRows
-from isdaa_kernels.dispatch import Problem
+from isdaa_kernels.dispatch import Problem, on
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import StatsRequest
 from isdaa_kernels.targets import report_bad_targets

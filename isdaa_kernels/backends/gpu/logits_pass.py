@@ -9,10 +9,10 @@ from torch import Tensor
 from isdaa_kernels.backends.gpu.kernels import Kernels
 from isdaa_kernels.backends.gpu.partials import Partials, outputs
 from isdaa_kernels.backends.gpu.plan import SLAB_TOKENS
-from isdaa_kernels.backends.gpu.slabs import Head, LiveTokens, clean_targets, on, padded_rows
+from isdaa_kernels.backends.gpu.slabs import Head, LiveTokens, clean_targets, padded_rows
 from isdaa_kernels.backends.gpu.top_k import COLUMNS, NAMES, ROWS, TopK
 from isdaa_kernels.backends.gpu.upstream import Upstream
-from isdaa_kernels.dispatch import Problem
+from isdaa_kernels.dispatch import Problem, on
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import StatsRequest, TokenGradient
 from isdaa_kernels.targets import report_bad_targets

@@ -15,10 +15,11 @@ from isdaa_kernels.backends.gpu.call import Call
 from isdaa_kernels.backends.gpu.plan import make_plan
 from isdaa_kernels.backends.gpu.routed_sums import BlockSums, RestSum, RoutedHiddenSum, RoutedWeightSum
 from isdaa_kernels.backends.gpu.routing import RouteLists, Routing
-from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets, on, padded_rows
+from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets, padded_rows
 from isdaa_kernels.backends.gpu.sums import Rest, TargetOrder, finish_bias
 from isdaa_kernels.backends.gpu.upstream import Upstream
 from isdaa_kernels.backends.gpu.weight_rows import WeightRows
+from isdaa_kernels.dispatch import on
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import TokenGradient
 from isdaa_kernels.workspace import ceil_div

@@ -3,18 +3,11 @@
 N tokens of the call, M that may be live (max_scored), T tokens of a slab, D hidden size, V vocabulary.
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from isdaa_kernels.backends.gpu.kernels import Kernels
 from isdaa_kernels.lm_head import Transform
-
-
-def on(device: torch.device):
-    """Kernels are launched on the current device: make it that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class LiveTokens:

@@ -10,11 +10,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-import torch
-
-from isdaa_kernels.backends.gpu import plan
+from isdaa_kernels.backends.gpu import backward_pass, forward_pass, logits_pass, plan
+from isdaa_kernels.backends.gpu.call import refusal_of_numbers
 from isdaa_kernels.backends.gpu.library import release, torch_too_old
-from isdaa_kernels.backends.triton.routed_tiles import BLOCKS
 from isdaa_kernels.backends.triton.shapes import TritonShapes
 from isdaa_kernels.backends.triton.tile_config import family, known_archs
 from isdaa_kernels.dispatch import Problem
@@ -23,7 +21,6 @@ from isdaa_kernels.workspace import Plan
 __all__ = ["backward", "backward_logits", "describe", "forward", "forward_logits", "make_plan", "refusal"]
 
 LEAST_TRITON = (3, 4)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def triton_version() -> str | None:
@@ -55,11 +52,9 @@ def interpreting() -> bool:
 
 
 def refusal(problem: Problem) -> str | None:
-    for name, dtype in (("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)):
-        if dtype not in _DTYPES:
-            return f"takes float16, bfloat16 and float32, not {name} in {dtype}"
-    if problem.routed is not None and problem.routed.block not in BLOCKS:
-        return f"routes blocks of {', '.join(map(str, BLOCKS))} vocabulary rows, not of {problem.routed.block}"
+    unfit = refusal_of_numbers(problem)
+    if unfit is not None:
+        return unfit
     if problem.device_type != "cuda":
         missing = _missing()
         if problem.device_type == "cpu" and missing is None and interpreting():
@@ -81,27 +76,19 @@ def make_plan(problem: Problem) -> Plan:
 
 
 def forward(*args, **kwargs):
-    from isdaa_kernels.backends.gpu.forward_pass import forward
-
-    return forward(_kernels(), *args, **kwargs)
+    return forward_pass.forward(_kernels(), *args, **kwargs)
 
 
 def backward(*args, **kwargs):
-    from isdaa_kernels.backends.gpu.backward_pass import backward
-
-    return backward(_kernels(), *args, **kwargs)
+    return backward_pass.backward(_kernels(), *args, **kwargs)
 
 
 def forward_logits(*args, **kwargs):
-    from isdaa_kernels.backends.gpu.logits_pass import forward_logits
-
-    return forward_logits(_kernels(), *args, **kwargs)
+    return logits_pass.forward_logits(_kernels(), *args, **kwargs)
 
 
 def backward_logits(*args, **kwargs):
-    from isdaa_kernels.backends.gpu.logits_pass import backward_logits
-
-    return backward_logits(_kernels(), *args, **kwargs)
+    return logits_pass.backward_logits(_kernels(), *args, **kwargs)
 
 
 def _kernels():

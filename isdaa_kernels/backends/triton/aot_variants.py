@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from isdaa_kernels.backends.gpu.call import BLOCKS
 from isdaa_kernels.backends.triton import aot_routed
-from isdaa_kernels.backends.triton.routed_tiles import BLOCKS
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _DTYPES = ("bf16", "fp16")

@@ -7,7 +7,6 @@ import torch
 
 from isdaa_kernels.backends.triton.tile_config import family
 
-BLOCKS = (64, 128, 256)  # what the partial log-sum-exps add up to: they hold 64 columns each
 SLOT_COLUMNS, SLOT_ROWS = 64, 32  # of a tile of logits that are read from memory, where the blocks' masses are kept
 
 
