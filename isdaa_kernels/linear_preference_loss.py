@@ -1,26 +1,22 @@
 """Hidden states and an LM head -> the loss of a preference objective, without the logits.
 
-Letters: N tokens of a packed batch, D hidden size, V vocabulary, S sequences, P preference pairs.
+Letters: N tokens of a packed batch, D hidden size, V vocabulary, S sequences, P preference pairs, G groups, H earlier policies.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from isdaa_kernels.linear_logprob import linear_logprob
+from isdaa_kernels.linear_logprob import linear_logprob, linear_logprob_stats
 from isdaa_kernels.lm_head import LMHead
-from isdaa_kernels.objectives import ImportanceWeight, Objective
-from isdaa_kernels.preference_loss import (
-    PreferenceLoss,
-    PreferenceTerms,
-    check_preference,
-    dense_preference_loss,
-    fused_preference_loss,
-)
+from isdaa_kernels.objectives import BatchState, Objective, SequenceInputs, Weighting
+from isdaa_kernels.objectives.objective import keyword_defaults
+from isdaa_kernels.preference_loss import PreferenceLoss, dense_preference_loss, fused_preference_loss
+from isdaa_kernels.preference_terms import PreferenceTerms, check_preference
 from isdaa_kernels.routing import Routed
-from isdaa_kernels.sequence_logprob import check_cu_seqlens, sequence_length, sequence_logprob
+from isdaa_kernels.sequence_logprob import check_cu_seqlens, sequence_length, sequence_logprob, token_place
 from isdaa_kernels.vocab_order import VocabOrder
 
 
@@ -34,8 +30,15 @@ def linear_preference_loss(
     reference: tuple[Tensor, LMHead | Tensor] | None = None,
     objective: str | Objective = "is_dpo",
     behaviour_logprob: Tensor | None = None,
-    importance: ImportanceWeight | None = None,
+    importance: Weighting | None = None,
     pairs: Tensor | None = None,
+    groups: int | Tensor | None = None,
+    rewards: Tensor | None = None,
+    opponents: Tensor | None = None,
+    desirable: Tensor | None = None,
+    mismatched: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    state: BatchState | None = None,
     sample_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -46,9 +49,9 @@ def linear_preference_loss(
     max_workspace_mb: float | None = None,
     backend: str | None = None,
     validate: bool = False,
-    **options: float | Tensor,
+    **options: object,
 ) -> PreferenceLoss:
-    """The loss of preference pairs from the hidden states of a packed batch.
+    """The loss of an objective over preference pairs, completions or groups, from the hidden states of a packed batch.
 
     Equal to::
 
@@ -67,42 +70,58 @@ def linear_preference_loss(
                        in the same order, unless `pairs` says otherwise.
     reference_logprob  log-probs under the reference, per token [N] or [1, N] (what lies at ignored tokens is not read)
                        or per sequence [S]. Or `reference`: (hidden, head) of the reference model, evaluated here
-                       without gradient, with the options of the policy. Exactly one of the two.
+                       without gradient, with the options of the policy. One of the two, unless the objective does without.
     behaviour_logprob  like reference_logprob, under the policy that wrote the completions; default: the reference.
+    token_weight       [N] or [1, N], a constant factor for the log-prob of each token in the sums of policy, reference and
+                       behaviour (which then must be per token): segment labels of +1 and -1, masks, decays. Counts of
+                       tokens do not change.
     temperature, max_scored, gradient, vocab_order, max_workspace_mb, backend, validate    as in `linear_logprob`.
     the others         as in `preference_loss`.
+
+    Sums of squared probabilities are made in the same pass where the objective or its weight needs them, the weights of an
+    objective that weighs tokens before the sums.
 
     A sequence without scored tokens is empty: its pair has weight 0 and gives no gradient. Raises ValueError for
     arguments other than these, before any work.
     """
     token_shape = _check_batch(hidden, targets, cu_seqlens, validate)
     S = cu_seqlens.numel() - 1
+    given = {"rewards": rewards, "opponents": opponents, "desirable": desirable, "mismatched": mismatched}
+    given |= {"token_weight": token_weight, "behaviour": behaviour_logprob}
+    given |= {"reference": reference_logprob if reference is None else reference}
     terms = check_preference(
         S,
         hidden.device,
+        given={name for name, value in given.items() if value is not None},
+        made={"lengths", "log_sum_sq_prob", "kl_score"},
         objective=objective,
         importance=importance,
         pairs=pairs,
+        groups=groups,
         sample_weight=sample_weight,
         denominator=denominator,
-        has_lengths=True,
-        has_behaviour=behaviour_logprob is not None,
+        state=state,
         **options,
     )
     _check_reference(reference_logprob, reference, token_shape)
     for name, logprob in (("reference_logprob", reference_logprob), ("behaviour_logprob", behaviour_logprob)):
         _check_logprob(name, logprob, token_shape, S, hidden.device)
+    _check_token_weight(terms, token_weight, token_shape, reference_logprob, behaviour_logprob)
 
     kernel = {"temperature": temperature, "ignore_index": ignore_index, "max_scored": max_scored}
     kernel |= {"gradient": gradient, "vocab_order": vocab_order}
     kernel |= {"max_workspace_mb": max_workspace_mb, "backend": backend, "validate": validate}
     if reference is not None:
         with torch.no_grad():
-            reference_logprob = _evaluate(*reference, targets, kernel)
-    policy_N = _evaluate(hidden, head, targets, kernel)
-    logprobs = _Logprobs(policy_N, reference_logprob, behaviour_logprob, targets.reshape(-1), cu_seqlens, ignore_index)
+            reference_logprob, _ = _evaluate(*reference, targets, kernel)
+    policy_N, log_sum_sq_prob_N = _evaluate(hidden, head, targets, kernel, "log_sum_sq_prob" in terms.needs)
+    logprobs = _Logprobs(
+        policy_N, reference_logprob, behaviour_logprob, log_sum_sq_prob_N, targets.reshape(-1), cu_seqlens, ignore_index
+    ).weigh_tokens(terms, token_weight)
     fused = terms.fused(hidden.device, backend)
-    return logprobs.dense_loss(terms) if fused is None else logprobs.fused_loss(terms, fused)
+    if fused is not None:
+        return logprobs.fused_loss(terms, fused)
+    return logprobs.dense_loss(terms, rewards=rewards, opponents=opponents, desirable=desirable, mismatched=mismatched)
 
 
 @dataclass(frozen=True)
@@ -110,11 +129,36 @@ class _Logprobs:
     """Log-probs of a packed batch: the policy's by token, the others by token [N] or [1, N], or by sequence [S]."""
 
     policy_N: Tensor
-    reference: Tensor
+    reference: Tensor | None
     behaviour: Tensor | None
+    log_sum_sq_prob_N: Tensor | None
     targets_N: Tensor
     cu_seqlens: Tensor
     ignore_index: int
+
+    def weigh_tokens(self, terms: PreferenceTerms, token_weight: Tensor | None) -> "_Logprobs":
+        """The same with the caller's weights, then the objective's, in fp64."""
+        found = self
+        if token_weight is not None:
+            found = found._times(token_weight.detach().reshape(-1), weigh_reference=True)
+        objective = terms.objective
+        if objective.token_weight is not None:
+            options = {name: terms.options[name] for name in keyword_defaults(objective.token_weight)}
+            place = token_place(self.targets_N != self.ignore_index, self.cu_seqlens, terms.rows)
+            found = found._times(objective.token_weight(place, **options), objective.weigh_reference)
+        return found
+
+    def _times(self, weight_N: Tensor, weigh_reference: bool) -> "_Logprobs":
+        # 0 where nothing is scored: what a caller has there is not read
+        weight_N = torch.where(self.targets_N != self.ignore_index, weight_N.double(), 0)
+        others = {"policy_N": self.policy_N * weight_N}
+        if weigh_reference:
+            for name in ("reference", "behaviour"):
+                logprob = getattr(self, name)
+                if logprob is not None:
+                    logprob_N = torch.where(weight_N == 0, 0, logprob.detach().reshape(-1).double())
+                    others[name] = logprob_N * weight_N
+        return replace(self, **others)
 
     def fused_loss(self, terms: PreferenceTerms, backend: str) -> PreferenceLoss:
         reference, behaviour = (
@@ -132,14 +176,32 @@ class _Logprobs:
             ignore_index=self.ignore_index,
         )
 
-    def dense_loss(self, terms: PreferenceTerms) -> PreferenceLoss:
+    def dense_loss(self, terms: PreferenceTerms, **inputs: Tensor | None) -> PreferenceLoss:
         scored_N = self.targets_N != self.ignore_index
-        policy_S = sequence_logprob(self.policy_N, self.cu_seqlens)
-        reference_S = self._sums(self.reference, scored_N)
-        behaviour_S = None if self.behaviour is None else self._sums(self.behaviour, scored_N)
-        return dense_preference_loss(
-            terms, policy_S, reference_S, behaviour_S, sequence_length(scored_N, self.cu_seqlens)
+        reference_S, behaviour_S = (
+            None if logprob is None else self._sums(logprob, scored_N) for logprob in (self.reference, self.behaviour)
         )
+        return dense_preference_loss(
+            terms,
+            SequenceInputs(
+                sequence_logprob(self.policy_N, self.cu_seqlens),
+                reference_S,
+                sequence_length(scored_N, self.cu_seqlens),
+                behaviour_S,
+                log_sum_sq_prob=None
+                if self.log_sum_sq_prob_N is None
+                else sequence_logprob(self.log_sum_sq_prob_N, self.cu_seqlens),
+                kl_score=self._kl_score(scored_N) if "kl_score" in terms.needs else None,
+                **inputs,
+            ),
+        )
+
+    def _kl_score(self, scored_N: Tensor) -> Tensor:
+        """stopgrad(log policy - log reference) * log policy of each token, summed over its sequence."""
+        if not self._by_token(self.reference):
+            raise ValueError("reference_logprob: expected one a token for an objective that needs kl_score, got sums")
+        log_ratio_N = torch.where(scored_N, self.policy_N.detach() - self.reference.detach().reshape(-1), 0)
+        return sequence_logprob(log_ratio_N.double() * self.policy_N, self.cu_seqlens)
 
     def _by_token(self, logprob: Tensor) -> bool:
         return logprob.numel() == self.targets_N.numel()
@@ -150,11 +212,18 @@ class _Logprobs:
         return logprob.detach()
 
 
-def _evaluate(hidden: Tensor, head: LMHead | Tensor, targets: Tensor, kernel: dict) -> Tensor:
-    """Token log-probs [N]."""
+def _evaluate(
+    hidden: Tensor, head: LMHead | Tensor, targets: Tensor, kernel: dict, squares: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Token log-probs [N], and log sum_v p_v^2 of each token [N] where asked for."""
     head = head if isinstance(head, LMHead) else LMHead(head)
     transforms = {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
-    return linear_logprob(hidden, head.weight, targets, **transforms, **kernel).reshape(-1)
+    if not squares:
+        return linear_logprob(hidden, head.weight, targets, **transforms, **kernel).reshape(-1), None
+    logprob, stats = linear_logprob_stats(
+        hidden, head.weight, targets, stats=("log_sum_sq_prob",), **transforms, **kernel
+    )
+    return logprob.reshape(-1), stats.log_sum_sq_prob.reshape(-1)
 
 
 def _check_batch(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, validate: bool) -> torch.Size:
@@ -168,15 +237,34 @@ def _check_batch(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, validate: 
 
 
 def _check_reference(reference_logprob: Tensor | None, reference: tuple | None, token_shape: torch.Size) -> None:
-    if (reference_logprob is None) == (reference is None):
-        got = "neither" if reference is None else "both"
-        raise ValueError(f"reference_logprob, reference: expected exactly one of the two, got {got}")
+    if reference_logprob is not None and reference is not None:
+        raise ValueError("reference_logprob, reference: expected one of the two, got both")
     if reference is None:
         return
     if not isinstance(reference, tuple) or len(reference) != 2:
         raise ValueError(f"reference: expected a tuple (hidden, head), got {type(reference).__name__}")
     if reference[0].shape[:-1] != token_shape:
         raise ValueError(f"reference: expected hidden {[*token_shape, 'D']}, got {list(reference[0].shape)}")
+
+
+def _check_token_weight(
+    terms: PreferenceTerms,
+    token_weight: Tensor | None,
+    token_shape: torch.Size,
+    reference_logprob: Tensor | None,
+    behaviour_logprob: Tensor | None,
+) -> None:
+    if token_weight is not None:
+        if tuple(token_weight.shape) not in ((token_shape.numel(),), (1, token_shape.numel())):
+            raise ValueError(f"token_weight: expected [{token_shape.numel()}], got {list(token_weight.shape)}")
+        if not token_weight.is_floating_point():
+            raise ValueError(f"token_weight: expected a floating dtype, got {token_weight.dtype}")
+    weighs_all = terms.objective.token_weight is not None and terms.objective.weigh_reference
+    if token_weight is None and not weighs_all:
+        return
+    for name, logprob in (("reference_logprob", reference_logprob), ("behaviour_logprob", behaviour_logprob)):
+        if logprob is not None and logprob.numel() != token_shape.numel():
+            raise ValueError(f"{name}: expected one a token where tokens are weighted, got {list(logprob.shape)}")
 
 
 def _check_logprob(name: str, logprob: Tensor | None, token_shape: torch.Size, S: int, device: torch.device) -> None:

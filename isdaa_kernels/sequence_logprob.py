@@ -6,6 +6,7 @@ Letters: N tokens of a packed batch, S sequences, T tokens of a padded row.
 import torch
 from torch import Tensor
 
+from isdaa_kernels.objectives.tokens import TokenPlace
 from isdaa_kernels.ops import segment_sum
 
 
@@ -55,6 +56,23 @@ def sequence_logprob(
 def sequence_length(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """How many tokens of each sequence are True in `mask` (bool [N]); fp64 [S]."""
     return segment_sum(mask.double(), cu_seqlens)
+
+
+def token_place(scored_N: Tensor, cu_seqlens: Tensor, pairs: Tensor | None) -> TokenPlace:
+    """Where each token of a packed batch of pairs stands. scored_N: bool. pairs: [P, 2] rows; None: p and P + p."""
+    N, S = scored_N.numel(), cu_seqlens.numel() - 1
+    sequence_N = torch.bucketize(torch.arange(N, device=scored_N.device), cu_seqlens[1:], right=True)
+    before_N = scored_N.cumsum(0) - scored_N.long()
+    # one more, for a last sequence without tokens
+    before_S = torch.cat([before_N, scored_N.sum().view(1)])[cu_seqlens[:-1].long()]
+    length_S = sequence_length(scored_N, cu_seqlens)
+    if pairs is None:
+        pairs = torch.arange(S, device=scored_N.device).view(2, -1).T
+    chosen_P, rejected_P = pairs.long().unbind(1)
+    other_S = torch.full_like(length_S, torch.inf)
+    other_S = other_S.scatter_reduce(0, chosen_P, length_S[rejected_P], "amin")
+    other_S = other_S.scatter_reduce(0, rejected_P, length_S[chosen_P], "amin")
+    return TokenPlace((before_N - before_S[sequence_N]).double(), length_S[sequence_N], other_S[sequence_N])
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, N: int, device: torch.device, *, validate: bool = False) -> None:

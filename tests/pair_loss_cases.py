@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels import ops
-from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight
-from isdaa_kernels.preference_loss import check_preference, dense_preference_loss, fused_preference_loss
+from isdaa_kernels.objectives import ImportanceWeight, SequenceInputs
+from isdaa_kernels.pair_loss import BASES
+from isdaa_kernels.preference_loss import dense_preference_loss, fused_preference_loss
+from isdaa_kernels.preference_terms import check_preference
 from isdaa_kernels.sequence_logprob import sequence_length, sequence_logprob
 
 P = 5
@@ -130,8 +132,10 @@ MORE = [
         "denominator": 3.0,
     },
 ]
+# What the kernels cover.
+FUSED = tuple(f"{prefix}{base}" for base in BASES for prefix in ("", "is_"))
 SETTINGS = [
-    *(Settings(name) for name in OBJECTIVES),
+    *(Settings(name) for name in FUSED),
     *(
         Settings(name, ImportanceWeight(**options, detach=detach))
         for options, detach in itertools.product(WEIGHTS, (True, False))
@@ -161,8 +165,8 @@ def terms_of(batch: Batch, settings: Settings):
         batch.policy.device,
         objective=settings.objective,
         importance=settings.importance,
-        has_lengths=batch.scored is not None or batch.cu_seqlens is not None,
-        has_behaviour=batch.behaviour is not None,
+        given={"reference", *({"behaviour"} if batch.behaviour is not None else ())},
+        made={"lengths"} if batch.scored is not None or batch.cu_seqlens is not None else set(),
         **settings.more,
     )
 
@@ -179,7 +183,9 @@ def dense(batch: Batch, settings: Settings, upstream: float = 1.0) -> SimpleName
         of_tokens = lambda x: x is not None and x.shape == policy.shape  # noqa: E731
         sums = [sequence_logprob(x, batch.cu_seqlens, mask=scored_N) if of_tokens(x) else x for x in sums]
         lengths = sequence_length(scored_N, batch.cu_seqlens)
-    loss, metrics = dense_preference_loss(terms_of(batch, settings), *sums, lengths)
+    policy_S, reference_S, behaviour_S = sums
+    inputs = SequenceInputs(policy_S, reference_S, lengths, behaviour_S)
+    loss, metrics = dense_preference_loss(terms_of(batch, settings), inputs)
     loss.backward(torch.full((), upstream, device=loss.device))  # filled in on the device: nothing waits
     return SimpleNamespace(loss=loss.detach(), metrics=metrics, grad=policy.grad)
 

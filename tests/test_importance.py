@@ -48,11 +48,11 @@ def test_option_values(options, expected, clipped):
 @pytest.mark.parametrize(("exponent", "expected"), [(1.0, -3 / 4 + 1 / 2), (0.5, -3 / 2 + 1 / math.sqrt(2))])
 def test_length_exponent(exponent, expected):
     weight = ImportanceWeight(length_exponent=exponent)
-    assert weight.needs == {"lengths"}
+    assert weight.needs == {"behaviour", "lengths"}
     result, _ = weigh(weight, [-3.0], [1.0], lengths=([4.0], [2.0]))
     assert result.weight.item() == pytest.approx(math.exp(expected), rel=1e-12)
     assert result.log_ratio.item() == pytest.approx(expected, rel=1e-12)
-    assert ImportanceWeight().needs == frozenset()
+    assert ImportanceWeight().needs == {"behaviour"}
 
 
 def test_normalize_divides_by_the_mean():

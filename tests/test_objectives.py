@@ -6,8 +6,17 @@ import math
 import pytest
 import torch
 
-from isdaa_kernels.objectives import OBJECTIVES, Objective, Pair, PairLogprob, get_objective, importance_sampled
-from isdaa_kernels.objectives.objective import DOMAINS, NEEDS
+from isdaa_kernels.objectives import (
+    OBJECTIVES,
+    ImportanceWeight,
+    Objective,
+    Pair,
+    PairLogprob,
+    get_objective,
+    importance_sampled,
+)
+from isdaa_kernels.objectives.objective import NEEDS
+from isdaa_kernels.objectives.options import DOMAINS
 from isdaa_kernels.preference_loss import preference_loss
 
 BASES = ("dpo", "ipo", "ipo_mean", "slic")
@@ -71,6 +80,7 @@ def test_importance_sampled_keeps_the_formula_of_its_base(name):
     base, weighted = OBJECTIVES[name], OBJECTIVES[f"is_{name}"]
     assert weighted == importance_sampled(base)
     assert (weighted.function, weighted.needs, weighted.defaults) == (base.function, base.needs, base.defaults)
+    assert weighted.importance == ImportanceWeight()
 
 
 def test_only_the_mean_form_needs_lengths():

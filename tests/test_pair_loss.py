@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pair_loss_cases import (
+    FUSED,
     LENGTHS,
     SETTINGS,
     Batch,
@@ -23,10 +24,10 @@ from pair_loss_cases import (
 from isdaa_kernels import linear_preference_loss, ops, preference_loss
 from isdaa_kernels.backends.cpu import pair_loss as cpu
 from isdaa_kernels.backends.cpu.tiles import native
-from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective
+from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective, SequenceInputs
 from isdaa_kernels.objectives.importance import MODES as WEIGHT_MODES
 from isdaa_kernels.objectives.metrics import PAIR_METRICS
-from isdaa_kernels.pair_loss import BASES, METRICS, MODES, Packing, PairLossCall, PairLossNumbers
+from isdaa_kernels.pair_loss import METRICS, MODES, Packing, PairLossCall, PairLossNumbers
 from isdaa_kernels.preference_loss import dense_preference_loss
 from isdaa_kernels.testing import poisoned_empty
 
@@ -44,7 +45,7 @@ def test_equals_pytorch(level, settings):
     assert_equal_to_dense(batch if level == "tokens" else in_sums(batch), settings, "cpu")
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if "mean" not in name])
+@pytest.mark.parametrize("objective", [name for name in FUSED if "mean" not in name])
 def test_without_lengths_nothing_is_empty(objective):
     assert_equal_to_dense(replace(in_sums(make_batch()), scored=None), Settings(objective), "cpu")
 
@@ -150,7 +151,7 @@ def test_long_sums_are_exact():
 
 def arguments_of(batch: Batch, settings: Settings):
     terms = terms_of(batch, settings)
-    return (batch.policy, batch.reference, batch.behaviour, batch.cu_seqlens, batch.scored, terms.pairs,
+    return (batch.policy, batch.reference, batch.behaviour, batch.cu_seqlens, batch.scored, terms.rows,
             terms.by_pair(batch.policy.device), terms.numbers(batch.ignore_index).pack(), "cpu")  # fmt: skip
 
 
@@ -264,7 +265,7 @@ def test_values_that_point_outside_raise_in_the_operator():
 
 def test_what_is_fused():
     batch, device = in_sums(make_batch()), torch.device("cpu")
-    for name in OBJECTIVES:
+    for name in FUSED:
         assert terms_of(batch, Settings(name)).fused(device) == ops._FIRST
         assert terms_of(batch, Settings(name)).fused(device, "cpu") == "cpu"
         assert terms_of(batch, Settings(name)).fused(device, "reference") is None
@@ -285,7 +286,7 @@ def test_what_is_fused():
     )
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", FUSED)
 def test_an_objective_of_the_callers_own_gives_the_same(name):
     """Its function is another one, so PyTorch computes it."""
     known = OBJECTIVES[name]
@@ -344,11 +345,12 @@ def test_where_the_compiled_part_is_missing_pytorch_computes_it(monkeypatch):
 
 def test_names_and_their_order():
     batch = in_sums(make_batch())
-    _, metrics = dense_preference_loss(terms_of(batch, Settings()), batch.policy, batch.reference, None, batch.scored)
+    inputs = SequenceInputs(batch.policy, batch.reference, batch.scored)
+    _, metrics = dense_preference_loss(terms_of(batch, Settings()), inputs)
     assert tuple(metrics) == PAIR_METRICS
     assert len(PAIR_METRICS) == METRICS
     assert MODES == WEIGHT_MODES
-    assert {f"{prefix}{base}" for base in BASES for prefix in ("", "is_")} == set(OBJECTIVES)
+    assert set(FUSED) <= set(OBJECTIVES)
 
 
 def test_numbers_survive_the_way_through_the_operator():
@@ -388,5 +390,5 @@ def test_the_lengths_of_the_batch_are_what_the_tests_say():
 
 def test_sequences_of_no_token():
     """A micro-batch in which nothing was completed: no error, or the other ranks would wait for ever."""
-    for objective in OBJECTIVES:
+    for objective in FUSED:
         assert_equal_to_dense(make_batch(lengths=(0,) * 4), Settings(objective), "cpu")

@@ -1,20 +1,46 @@
 """The registry of objectives: one pure function each, found by name.
 
-A new objective is a function in the file of its kind, a name in the tuple below, and a golden row in its test.
+A new objective is a function in the file of its family, a name in the tuple at the end of that file, and a golden row of its test.
 """
 
-from isdaa_kernels.objectives.importance import ImportanceWeight
-from isdaa_kernels.objectives.objective import Objective, importance_sampled, make_objective
-from isdaa_kernels.objectives.pair import Pair, PairLogprob
-from isdaa_kernels.objectives.pairwise import dpo, ipo, ipo_mean, slic
+from isdaa_kernels.objectives import (
+    divergences,
+    games,
+    imitation,
+    listwise,
+    pairwise,
+    reference_free,
+    regularised,
+    unpaired,
+)
+from isdaa_kernels.objectives.batch import CompletionLogprob, GroupLogprob, Pair, PairLogprob, SequenceInputs
+from isdaa_kernels.objectives.importance import ImportanceWeight, SelfWeight, Weighting
+from isdaa_kernels.objectives.objective import Objective, importance_sampled, make_objective, token_weighted
+from isdaa_kernels.objectives.state import BatchState
 
-__all__ = ["OBJECTIVES", "ImportanceWeight", "Objective", "Pair", "PairLogprob", "get_objective", "importance_sampled"]
+__all__ = [
+    "OBJECTIVES",
+    "BatchState",
+    "CompletionLogprob",
+    "GroupLogprob",
+    "ImportanceWeight",
+    "Objective",
+    "Pair",
+    "PairLogprob",
+    "SelfWeight",
+    "SequenceInputs",
+    "Weighting",
+    "get_objective",
+    "importance_sampled",
+    "make_objective",
+    "token_weighted",
+]
 
-_BASES = tuple(make_objective(function) for function in (dpo, ipo, ipo_mean, slic))
+FAMILIES = (pairwise, divergences, regularised, reference_free, imitation, games, unpaired, listwise)
+_BASES = tuple(objective for family in FAMILIES for objective in family.OBJECTIVES)
+_WEIGHTED = tuple(importance_sampled(base) for base in _BASES if base.kind == "pair" and not base.importance_weighted)
 
-OBJECTIVES: dict[str, Objective] = {
-    objective.name: objective for objective in (*_BASES, *(importance_sampled(base) for base in _BASES))
-}
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (*_BASES, *_WEIGHTED)}
 
 
 def get_objective(objective: str | Objective) -> Objective:

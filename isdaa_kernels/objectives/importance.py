@@ -4,13 +4,15 @@ Letters: P preference pairs; a', b' log-ratios to the behaviour policy of chosen
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from isdaa_kernels.objectives.pair import Pair, PairLogprob
+from isdaa_kernels.objectives.batch import Pair, PairLogprob
+from isdaa_kernels.objectives.options import is_finite_number
 
 MODES = ("joint", "per_completion", "none")
 
@@ -23,8 +25,21 @@ class PairWeight(NamedTuple):
     clipped: Tensor
 
 
+class Weighting(ABC):
+    """A factor on the loss of each pair, computed from the pair's log-probs."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """What it reads beyond the policy's sums: names of `objective.NEEDS`."""
+
+    @abstractmethod
+    def weigh(self, pair: PairLogprob, nonempty_P: Tensor) -> PairWeight:
+        """The weights of `pair`, fp64 [P]; `nonempty_P` (bool) says which pairs count where all pairs are looked at."""
+
+
 @dataclass(frozen=True)
-class ImportanceWeight:
+class ImportanceWeight(Weighting):
     """w = exp(min(a' + b', 2 epsilon)), without gradient (Nguyen et al. 2025, arXiv 2506.08681, and the authors' code).
 
     The defaults are the authors'. Every setting gives exactly 1 where policy and behaviour agree. In the order they
@@ -68,10 +83,10 @@ class ImportanceWeight:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"lengths"}) if self.length_exponent > 0 else frozenset()
+        return frozenset({"behaviour", "lengths"} if self.length_exponent > 0 else {"behaviour"})
 
     def weigh(self, pair: PairLogprob, nonempty_P: Tensor) -> PairWeight:
-        """The weights of `pair`, fp64 [P]; `nonempty_P` (bool) says which pairs count in the mean of `normalize`."""
+        """The weights of `pair`; `nonempty_P` says which pairs count in the mean of `normalize`."""
         ratio = self._tempered_log_ratio(pair)
         log_weight_P, clipped_P = self._clip(ratio)
         if self.floor is not None:
@@ -97,6 +112,34 @@ class ImportanceWeight:
         return chosen_P + rejected_P, torch.maximum(*ratio).detach() >= self.epsilon
 
 
+@dataclass(frozen=True)
+class SelfWeight(Weighting):
+    """w = min(cap, exp(m_w + m_l)), m the mean over a completion's tokens of log p(token) - log sum_v p_v^2, without gradient.
+
+    Weighted preference optimisation, Zhou et al. 2024 (arXiv 2406.11827): how near the pair is to what the policy would write, against
+    the policy's own sharpness ("sampled alignment"), with no behaviour policy. cap: above 0, their code's 1 by default; None: no cap, as
+    in TRL from 1.0.
+    """
+
+    cap: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.cap is not None and not (_in(self.cap, 0, math.inf) and self.cap > 0):
+            raise ValueError(f"SelfWeight: cap: expected a finite number above 0, or None, got {self.cap!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"log_sum_sq_prob", "lengths"})
+
+    def weigh(self, pair: PairLogprob, nonempty_P: Tensor) -> PairWeight:
+        chosen_P, rejected_P = pair.policy.minus(pair.log_sum_sq_prob).over(pair.lengths)
+        total_P = (chosen_P + rejected_P).detach()
+        if self.cap is None:
+            return PairWeight(total_P.exp(), total_P, torch.zeros_like(nonempty_P))
+        limit = math.log(self.cap)
+        return PairWeight(total_P.clamp(max=limit).exp(), total_P, total_P >= limit)
+
+
 def _normalized(log_weight_P: Tensor, nonempty_P: Tensor) -> Tensor:
     """exp(x) / mean(exp(x)) over the pairs that count; shifted by the largest x, or tiny weights would give 0 / 0."""
     counts_P = nonempty_P & log_weight_P.isfinite()
@@ -106,10 +149,6 @@ def _normalized(log_weight_P: Tensor, nonempty_P: Tensor) -> Tensor:
     shifted_P = (log_weight_P - peak).exp()
     mean = torch.where(counts_P, shifted_P, 0).sum() / counts_P.sum().clamp(min=1)
     return shifted_P / mean
-
-
-def is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _in(value: object, low: float, high: float) -> bool:

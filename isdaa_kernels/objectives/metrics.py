@@ -1,13 +1,14 @@
 """What a step reports beside its loss: detached scalars on the device, to be read when the caller chooses.
 
-Letters: P preference pairs. Means, maxima and shares are over the pairs with two non-empty completions.
+Letters: P preference pairs, S completions, G groups. Means, maxima and shares are over the items that count: those without an empty
+completion. All numbers are fp32, so that one `stack` fetches them; the ending of a name says how items were reduced.
 """
 
 import torch
 from torch import Tensor
 
+from isdaa_kernels.objectives.batch import CompletionLogprob, GroupLogprob, PairLogprob
 from isdaa_kernels.objectives.importance import PairWeight
-from isdaa_kernels.objectives.pair import PairLogprob
 
 VANISHED = 1e-3
 # The names of `pair_metrics` in their order, for kernels that make the same numbers.
@@ -19,8 +20,7 @@ PAIR_METRICS = (
 
 @torch.no_grad()
 def pair_metrics(pair: PairLogprob, weight: PairWeight, loss_P: Tensor, nonempty_P: Tensor) -> dict[str, Tensor]:
-    """The metrics by name, whose ending says how the pairs were reduced; all fp32, so that one `stack` fetches them.
-
+    """
     loss/mean             weighted pair loss
     margin/mean           Delta = a - b, nats, not scaled by beta
     accuracy/frac         share with Delta > 0: a tie is not right, so it is 0 where policy and reference are equal
@@ -33,12 +33,10 @@ def pair_metrics(pair: PairLogprob, weight: PairWeight, loss_P: Tensor, nonempty
     kl/mean               mean of reference - policy over the completions of the pairs, nats a completion: the k1
                           estimate of KL(reference || policy) if the reference wrote them; it may be negative
     empty_pairs/count     pairs with an empty completion
+
+    Without a reference a and b are log-probs, and there is no kl/mean.
     """
-    count = nonempty_P.sum()
-
-    def mean(value_P: Tensor) -> Tensor:
-        return torch.where(nonempty_P, value_P, 0).sum() / count.clamp(min=1)
-
+    mean = _Mean(nonempty_P)
     a_P, b_P = pair.log_ratio
     weight_P = torch.where(nonempty_P, weight.weight, 0)
     # The appended 0 keeps the maximum of no pairs defined; weights are never negative.
@@ -56,8 +54,66 @@ def pair_metrics(pair: PairLogprob, weight: PairWeight, loss_P: Tensor, nonempty
         "weight/ess": _effective_sample_size(weight_P, largest),
         "log_weight/mean": mean(weight.log_ratio),
         "kl/mean": -mean(a_P + b_P) / 2,
-        "empty_pairs/count": nonempty_P.numel() - count,
+        "empty_pairs/count": (~nonempty_P).sum(),
     }
+    if pair.reference is None:
+        del metrics["kl/mean"]
+    return _to_float(metrics)
+
+
+@torch.no_grad()
+def completion_metrics(batch: CompletionLogprob, loss_S: Tensor, nonempty_S: Tensor) -> dict[str, Tensor]:
+    """
+    loss/mean             loss of a completion
+    log_ratio/mean        log policy - log reference, nats a completion (the log-prob without a reference)
+    desirable/mean, undesirable/mean    the same over the completions of that label, where there are labels; 0 where none has it
+    kl/mean               reference - policy, where there is a reference: the k1 estimate of `pair_metrics`
+    empty_completions/count
+    """
+    mean, log_ratio_S = _Mean(nonempty_S), batch.log_ratio
+    metrics = {"loss/mean": mean(loss_S), "log_ratio/mean": mean(log_ratio_S)}
+    if batch.desirable is not None:
+        metrics["desirable/mean"] = _Mean(nonempty_S & batch.desirable)(log_ratio_S)
+        metrics["undesirable/mean"] = _Mean(nonempty_S & ~batch.desirable)(log_ratio_S)
+    if batch.reference is not None:
+        metrics["kl/mean"] = -mean(log_ratio_S)
+    return _to_float(metrics | {"empty_completions/count": (~nonempty_S).sum()})
+
+
+@torch.no_grad()
+def group_metrics(batch: GroupLogprob, loss_G: Tensor, nonempty_G: Tensor) -> dict[str, Tensor]:
+    """
+    loss/mean             loss of a group
+    log_ratio/mean        log policy - log reference, nats a completion (the log-prob without a reference)
+    accuracy/frac         share of the groups where the completion with the largest log-ratio has the largest reward, where there are
+                          rewards; the first of equal ones
+    kl/mean               reference - policy, where there is a reference: the k1 estimate of `pair_metrics`
+    empty_groups/count    groups with fewer than two completions
+    """
+    mean = _Mean(nonempty_G)
+    log_ratio = batch.sum(batch.log_ratio) / batch.present.sum(-1)
+    metrics = {"loss/mean": mean(loss_G), "log_ratio/mean": mean(log_ratio)}
+    if batch.rewards is not None:
+        best, likeliest = (
+            torch.where(batch.present, value, -torch.inf).argmax(-1) for value in (batch.rewards, batch.log_ratio)
+        )
+        metrics["accuracy/frac"] = mean((best == likeliest).double())
+    if batch.reference is not None:
+        metrics["kl/mean"] = -mean(log_ratio)
+    return _to_float(metrics | {"empty_groups/count": (~nonempty_G).sum()})
+
+
+class _Mean:
+    """The mean over the items that are True in `counts`; 0 where none is."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self.counts = counts
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return torch.where(self.counts, value, 0).sum() / self.counts.sum().clamp(min=1)
+
+
+def _to_float(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() for name, value in metrics.items()}
 
 

@@ -1,73 +1,112 @@
-"""The record that makes a pure function an objective: its name, what it needs, its options and their defaults.
-
-Letters: P preference pairs.
-"""
+"""The record that makes a pure function an objective: its name, what it needs, its options and their defaults."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from inspect import Parameter, signature
+from dataclasses import dataclass, field, replace
+from inspect import Parameter, getdoc, signature
 
 from torch import Tensor
 
-from isdaa_kernels.objectives.importance import ImportanceWeight, is_finite_number
+from isdaa_kernels.objectives.batch import CompletionLogprob, GroupLogprob, PairLogprob
+from isdaa_kernels.objectives.importance import ImportanceWeight, Weighting
+from isdaa_kernels.objectives.options import ANY_NUMBER, DOMAINS, Domain
+from isdaa_kernels.objectives.state import BatchState
 
-# What an objective can ask the caller for beyond the policy's sums.
+# What an objective can ask the caller for beyond the policy's sums: the name of the argument, and what it holds.
 NEEDS = {
-    "reference": "sums under the frozen reference policy",
-    "lengths": "counts of scored tokens",
+    "reference": "[S] sums under the frozen reference policy",
+    "lengths": "[S] counts of scored tokens",
+    "behaviour": "[S] sums under the policy that wrote the completions, or a reference",
+    "rewards": "[S], one number a completion",
+    "opponents": "[H, S] sums under H earlier policies, the newest first",
+    "desirable": "[S] bool",
+    "mismatched": "[S] log-ratios policy - reference of a completion of another prompt",
+    "log_sum_sq_prob": "[S] sums over the tokens of log sum_v p_v^2",
+    "kl_score": "[S] sums over the tokens of stopgrad(log-ratio) * log-prob",
+    "token_weight": "[N], a factor for each token's log-prob",
+    "gold": "a third completion of each pair: pairs [P, 3], or sequences chosen, rejected, gold",
 }
 
-# The sentence of the error, and the test. One meaning a name, whichever objective has the option.
-DOMAINS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
-    "beta": ("a finite number above 0", lambda value: value > 0),
-    "label_smoothing": ("a number in [0, 0.5]", lambda value: 0 <= value <= 0.5),
-}
-ANY_NUMBER = ("a finite number", lambda value: True)
+# What a function computes a loss for, by the record that it takes.
+KINDS = {PairLogprob: "pair", CompletionLogprob: "completion", GroupLogprob: "group"}
 
 
-def needs(*names: str) -> Callable[[Callable], Callable]:
-    """Decorator: states beside the formula what it reads from its `PairLogprob` beyond the policy."""
+def declare(
+    *needs: str,
+    source: str,
+    systems: tuple[str, ...] = (),
+    state: type[BatchState] | None = None,
+    state_required: bool = False,
+    **domains: Domain,
+) -> Callable[[Callable], Callable]:
+    """Decorator: states beside the formula what it needs beyond the policy's sums, where it was published (authors, year, arXiv), the
+    published systems whose loss it is, what keeps its numbers from step to step, and domains of options that differ from `DOMAINS`."""
 
-    def declare(function: Callable) -> Callable:
-        assert set(names) <= set(NEEDS), f"{function.__name__}: unknown need in {names}"
-        function.needs = frozenset(names)
+    def decorate(function: Callable) -> Callable:
+        assert set(needs) <= set(NEEDS), f"{function.__name__}: unknown need in {needs}"
+        function.declared = {
+            "needs": frozenset(needs),
+            "source": source,
+            "systems": systems,
+            "state": state,
+            "state_required": state_required,
+            "domains": domains,
+        }
         return function
 
-    return declare
+    return decorate
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A pairwise loss: `function(pair: PairLogprob, **options) -> loss [P]`, without reduction, state or device code.
+    """A loss: `function(batch, **options) -> one loss an item`, without reduction, state or device code.
 
-    `defaults` are the keyword options of the function. `importance` is the weight that multiplies the pair's loss
-    unless the caller gives another; None for an objective that is not importance weighted.
+    kind       what an item is: a `pair` (the function takes a `PairLogprob`), a `completion` (`CompletionLogprob`) or a `group`
+               (`GroupLogprob`).
+    defaults   the keyword options of the function, and of `token_weight`.
+    importance the weight that multiplies a pair's loss unless the caller gives another; None: not weighted.
+    token_weight
+               a factor for each token's log-prob before they are summed: `token_weight(place: TokenPlace, **options) -> [N]`, for the
+               policy and, with `weigh_reference`, for the reference.
+    state      the class that keeps what the loss needs beyond its batch; `state_required`: there is no loss without one.
     """
 
     name: str
     function: Callable[..., Tensor]
     needs: frozenset[str]
     defaults: Mapping[str, object]
-    importance: ImportanceWeight | None = None
+    importance: Weighting | None = None
+    kind: str = "pair"
+    domains: Mapping[str, Domain] = field(default_factory=dict)
+    token_weight: Callable[..., Tensor] | None = None
+    weigh_reference: bool = True
+    state: type[BatchState] | None = None
+    state_required: bool = False
+    source: str = ""
+    systems: tuple[str, ...] = ()
 
     @property
     def importance_weighted(self) -> bool:
         return self.importance is not None
 
+    @property
+    def formula(self) -> str:
+        """The first paragraph of the function's docstring."""
+        text = (getdoc(self.function) or "").split("\n\n")[0]
+        return " ".join(text.split())
+
     def resolve_options(self, options: Mapping[str, object]) -> dict[str, object]:
         """The defaults overlaid with `options`. Raises ValueError for an unknown name or a number out of its domain."""
         for name, value in options.items():
             if name not in self.defaults:
-                raise ValueError(
-                    f"{self.name}: unknown option {name!r}, expected one of {', '.join(sorted(self.defaults))}"
-                )
-            sentence, inside = DOMAINS.get(name, ANY_NUMBER)
-            # A tensor (one value a pair) is not looked at: that would wait for the device.
-            if not isinstance(value, Tensor) and not (is_finite_number(value) and inside(value)):
-                raise ValueError(f"{self.name}: {name}: expected {sentence}, got {value!r}")
+                names = ", ".join(sorted(self.defaults)) or "none"
+                raise ValueError(f"{self.name}: unknown option {name!r}, expected one of {names}")
+            domain = self.domains.get(name, DOMAINS.get(name, ANY_NUMBER))
+            # A tensor (one value an item) is not looked at: that would wait for the device.
+            if not isinstance(value, Tensor) and not domain.accepts(value):
+                raise ValueError(f"{self.name}: {name}: expected {domain.sentence}, got {value!r}")
         return {**self.defaults, **options}
 
-    def resolve_importance(self, importance: ImportanceWeight | None) -> ImportanceWeight | None:
+    def resolve_importance(self, importance: Weighting | None) -> Weighting | None:
         """The caller's weight or the default one. Raises ValueError where the objective would ignore it."""
         if importance is None:
             return self.importance
@@ -75,21 +114,45 @@ class Objective:
             raise ValueError(
                 f"importance: {self.name!r} is not importance weighted, expected an objective such as 'is_dpo'"
             )
-        if not isinstance(importance, ImportanceWeight):
+        if not isinstance(importance, Weighting):
             raise ValueError(f"importance: expected an ImportanceWeight, got {importance!r}")
         return importance
 
+    def loss(self, batch: PairLogprob | CompletionLogprob | GroupLogprob, options: Mapping[str, object]) -> Tensor:
+        """One loss an item, `options` being those of `resolve_options`."""
+        of_tokens = {} if self.token_weight is None else keyword_defaults(self.token_weight)
+        return self.function(batch, **{name: value for name, value in options.items() if name not in of_tokens})
+
 
 def make_objective(function: Callable[..., Tensor]) -> Objective:
-    """The record of a function that `needs` decorates; its name and options are read from its signature."""
-    parameters = signature(function).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is Parameter.KEYWORD_ONLY}
-    return Objective(function.__name__, function, function.needs, defaults)
+    """The record of a function that `declare` decorates; its name, kind and options are read from its signature."""
+    first = next(iter(signature(function).parameters.values()))
+    return Objective(
+        function.__name__, function, defaults=keyword_defaults(function), kind=KINDS[first.annotation], **function.declared
+    )  # fmt: skip
 
 
-def importance_sampled(base: Objective, importance: ImportanceWeight | None = None) -> Objective:
+def importance_sampled(base: Objective, importance: Weighting | None = None) -> Objective:
     """`is_<base>`: the pair loss of `base` times the clipped importance ratio of the pair (IS-DAA, arXiv 2506.08681).
 
     The formula of the base is untouched: the weight is a factor on its result, so any pairwise objective gains it.
+    Raises ValueError for an objective of another kind, and for one that has a weight.
     """
+    if base.kind != "pair" or base.importance_weighted:
+        raise ValueError(f"base: expected a pairwise objective without a weight, got {base.name!r}")
     return replace(base, name=f"is_{base.name}", importance=importance or ImportanceWeight())
+
+
+def token_weighted(
+    base: Objective, name: str, token_weight: Callable[..., Tensor], weigh_reference: bool = True, **declared: object
+) -> Objective:
+    """`base` on log-probs whose tokens are weighted first; `declared` (source, systems) replaces what the base says."""
+    defaults = {**base.defaults, **keyword_defaults(token_weight)}
+    return replace(
+        base, name=name, defaults=defaults, token_weight=token_weight, weigh_reference=weigh_reference, **declared
+    )
+
+
+def keyword_defaults(function: Callable) -> dict[str, object]:
+    parameters = signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is Parameter.KEYWORD_ONLY}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from isdaa_kernels.objectives.objective import needs
-from isdaa_kernels.objectives.pair import PairLogprob
+from isdaa_kernels.objectives.batch import PairLogprob
+from isdaa_kernels.objectives.objective import declare, make_objective
 
 
-@needs("reference")
+@declare("reference", source="Rafailov et al. 2023, arXiv 2305.18290")
 def dpo(pair: PairLogprob, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """-(1 - e) LS(beta Delta) - e LS(-beta Delta), e = label_smoothing; [P].
 
@@ -23,7 +23,7 @@ def dpo(pair: PairLogprob, *, beta: float = 0.1, label_smoothing: float = 0.0) -
     return -(1 - label_smoothing) * logsigmoid(scaled_P) - label_smoothing * logsigmoid(-scaled_P)
 
 
-@needs("reference")
+@declare("reference", source="Azar et al. 2023, arXiv 2310.12036")
 def ipo(pair: PairLogprob, *, beta: float = 0.1) -> Tensor:
     """(Delta - 1 / (2 beta))^2 of sums; [P].
 
@@ -34,7 +34,7 @@ def ipo(pair: PairLogprob, *, beta: float = 0.1) -> Tensor:
     return (pair.margin - 1 / (2 * beta)).square()
 
 
-@needs("reference", "lengths")
+@declare("reference", "lengths", source="Azar et al. 2023, arXiv 2310.12036")
 def ipo_mean(pair: PairLogprob, *, beta: float = 0.1) -> Tensor:
     """(a / |chosen| - b / |rejected| - 1 / (2 beta))^2: `ipo` of mean log-ratios, nats per scored token; [P].
 
@@ -45,7 +45,7 @@ def ipo_mean(pair: PairLogprob, *, beta: float = 0.1) -> Tensor:
     return (mean_a - mean_b - 1 / (2 * beta)).square()
 
 
-@needs("reference")
+@declare("reference", source="Liu et al. 2023, arXiv 2309.06657")
 def slic(pair: PairLogprob, *, beta: float = 0.1) -> Tensor:
     """max(0, 1 - beta Delta); [P].
 
@@ -53,3 +53,6 @@ def slic(pair: PairLogprob, *, beta: float = 0.1) -> Tensor:
     LLaMA-Factory. d/da = -beta where beta Delta < 1 and 0 elsewhere = -d/db.
     """
     return torch.relu(1 - beta * pair.margin)
+
+
+OBJECTIVES = tuple(make_objective(function) for function in (dpo, ipo, ipo_mean, slic))

@@ -1,0 +1,5 @@
+"""Golden rows of objectives/unpaired.py."""
+
+from objective_cases import Golden
+
+ROWS: list[Golden] = []
