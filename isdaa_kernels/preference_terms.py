@@ -15,8 +15,8 @@ from isdaa_kernels.objectives.pairwise import dpo, ipo, ipo_mean, slic
 from isdaa_kernels.ops import pair_loss_backend
 from isdaa_kernels.pair_loss import BASES, MODES, PairLossNumbers
 
-# Given to an objective that does not need them, these are used all the same: by the metrics, and to see which completions are empty.
-_ALWAYS_USED = {"reference", "lengths"}
+# Given to an objective that does not need them, these are used all the same: by the metrics, to see which completions are empty, in the sums.
+_ALWAYS_USED = {"reference", "lengths", "token_weight"}
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from isdaa_kernels.objectives import Objective
+from isdaa_kernels.objectives import OBJECTIVES, Objective
 from isdaa_kernels.preference_terms import needs_of
 
 # The standard pair: log-ratios a = 0.5, b = -1.0, so Delta = 1.5 and a + b = -0.5; mean log-probs -2.4 and -2.3125.
 STANDARD = {"policy": (-12.0, -9.25), "reference": (-12.5, -8.25), "lengths": (5, 4)}
+
+
+# Their loss of an item depends on the others of the batch.
+LOOK_AT_THE_BATCH = {"aot", "aot_unpaired", "kto", "kto_pair", "sft", "mpo"}
+# Pairwise objectives of policy, reference, behaviour and lengths, each pair by itself.
+PLAIN = [
+    name
+    for name, objective in OBJECTIVES.items()
+    if objective.kind == "pair"
+    and needs_of(objective, objective.importance) <= {"reference", "behaviour", "lengths"}
+    and objective.token_weight is None
+    and not objective.state_required
+    and name.removeprefix("is_") not in LOOK_AT_THE_BATCH
+]
 
 
 @dataclass(frozen=True)
@@ -57,9 +71,11 @@ def sample(objective: Objective, items: int = 6, seed: int = 0, log_ratio: Tenso
     needs = needs_of(objective, objective.importance)
     S = items * {"pair": 3 if "gold" in needs else 2, "completion": 1, "group": 4}[objective.kind]
     lengths = torch.randint(3, 9, (S,), generator=generator).double()
-    reference = -lengths * uniform(2, 3, S)
+    logprob = -lengths * uniform(2, 3, S)
     log_ratio = uniform(-1.9, 1.9, S) if log_ratio is None else log_ratio
-    arguments = {"policy": reference + log_ratio, "reference": reference, "lengths": lengths}
+    # both below 0, as log-probs are
+    policy, reference = logprob + log_ratio.clamp(max=0), logprob - log_ratio.clamp(min=0)
+    arguments = {"policy": policy, "reference": reference, "lengths": lengths}
     if objective.kind == "group":
         # the last group lacks a completion
         arguments["groups"] = torch.arange(S).view(items, 4)

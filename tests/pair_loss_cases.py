@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from isdaa_kernels import ops
 from isdaa_kernels.objectives import ImportanceWeight, SequenceInputs
+from isdaa_kernels.ops import pair_loss as pair_loss_ops
 from isdaa_kernels.pair_loss import BASES
 from isdaa_kernels.preference_loss import dense_preference_loss, fused_preference_loss
 from isdaa_kernels.preference_terms import check_preference
@@ -239,7 +239,9 @@ def moved(batch: Batch, offset: int) -> Batch:
 
 def use_backend(monkeypatch, name: str, module) -> None:
     """Operators called with backend=`name` run `module`."""
-    known = ops._pair_loss_module
+    known = pair_loss_ops._pair_loss_module
     monkeypatch.setattr(
-        ops, "_pair_loss_module", lambda backend, device: module if backend == name else known(backend, device)
+        pair_loss_ops,
+        "_pair_loss_module",
+        lambda backend, device: module if backend == name else known(backend, device),
     )

@@ -8,11 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
+from torch.nn.utils.rnn import pad_sequence
 
+from isdaa_kernels.linear_logprob import linear_logprob_stats
 from isdaa_kernels.linear_preference_loss import linear_preference_loss
 from isdaa_kernels.lm_head import LMHead
-from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight
+from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective
 from isdaa_kernels.preference_loss import preference_loss
+from isdaa_kernels.preference_terms import needs_of
+from isdaa_kernels.sequence_logprob import sequence_logprob, token_place
 
 N, D, V, P = 41, 16, 53, 3
 # Ragged: one token alone, a sequence without tokens (row 4, so pair 1 is empty), the rest with prompts that are not scored.
@@ -116,26 +120,144 @@ def test_equals_dense(backend, dtype, objective, how):
         assert_near(actual, dense, dtype)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+SIX = torch.linspace(-1.0, 1.5, 6, dtype=torch.float64)
+
+
+def more_arguments(objective: Objective) -> dict:
+    """What an objective needs beside log-probs, for six sequences."""
+    needs = needs_of(objective, objective.importance)
+    inputs = {"rewards": SIX, "opponents": torch.stack([SIX - 20, SIX - 19]), "desirable": SIX > 0, "mismatched": SIX}
+    more = {name: value for name, value in inputs.items() if name in needs}
+    if objective.kind == "group":
+        more["groups"] = 3
+    if objective.state is not None:
+        torch.manual_seed(0)
+        more["state"] = objective.state()
+    return more
+
+
+def dense_inputs(batch, objective: Objective) -> dict:
+    """The sums that `preference_loss` takes, of full logits."""
+    needs = needs_of(objective, objective.importance)
+    policy_N = dense_logprob(batch.hidden, batch.weight, batch.targets)
+    reference_N = dense_logprob(*batch.reference, batch.targets)
+    inputs = {"policy": dense_sums(policy_N), "reference": dense_sums(reference_N), "lengths": lengths(batch.targets)}
+    if "kl_score" in needs:
+        inputs["kl_score"] = dense_sums((policy_N - reference_N).detach() * policy_N)
+    if "log_sum_sq_prob" in needs:
+        log_p = (batch.hidden @ batch.weight.T).log_softmax(-1)
+        inputs["log_sum_sq_prob"] = dense_sums((2 * log_p).logsumexp(-1).where(batch.targets >= 0, 0))
+    return inputs
+
+
+IN_SUMS = [
+    name
+    for name, objective in OBJECTIVES.items()
+    if objective.token_weight is None and "token_weight" not in objective.needs
+]
+
+
+@pytest.mark.parametrize("name", IN_SUMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_objective_is_the_composition(backend, objective):
-    batch = make_batch()
-    reference_S = dense_sums(dense_logprob(*batch.reference, batch.targets))
-    policy_S = dense_sums(dense_logprob(batch.hidden, batch.weight, batch.targets))
-    expected = preference_loss(policy_S, reference_S, objective=objective, lengths=lengths(batch.targets))
+def test_every_objective_is_the_composition(backend, name):
+    batch, objective = make_batch(), OBJECTIVES[name]
+    inputs = dense_inputs(batch, objective)
+    expected = preference_loss(**inputs, objective=name, **more_arguments(objective))
     actual = linear_preference_loss(
         batch.hidden,
         batch.weight,
         batch.targets,
         CU_SEQLENS,
-        reference_logprob=reference_S,
-        objective=objective,
+        reference_logprob=dense_logprob(*batch.reference, batch.targets),
+        objective=name,
         backend=backend,
+        **more_arguments(objective),
     )
     torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-6, atol=1e-7)
     leaves = (batch.hidden, batch.weight)
     for mine, dense in zip(grads(actual.loss, *leaves), grads(expected.loss, *leaves), strict=True):
         assert_near(mine, dense, torch.float64)
+
+
+@pytest.mark.parametrize("name", [name for name in IN_SUMS if "kl_score" not in OBJECTIVES[name].needs])
+def test_packed_and_padded_batches_agree(name):
+    batch, objective = make_batch(), OBJECTIVES[name]
+    spans = [slice(start, end) for start, end in pairwise(CU_SEQLENS.tolist())]
+    hidden = pad_sequence([batch.hidden[span] for span in spans], batch_first=True)
+    targets = pad_sequence([batch.targets[span] for span in spans], batch_first=True, padding_value=-100)
+    logprob, stats = linear_logprob_stats(hidden, batch.weight, targets, stats=("log_sum_sq_prob",), backend="cpu")
+    reference = dense_sums(dense_logprob(*batch.reference, batch.targets))
+    more = more_arguments(objective)
+    squares = {}
+    if "log_sum_sq_prob" in needs_of(objective, objective.importance):
+        squares["log_sum_sq_prob"] = sequence_logprob(stats.log_sum_sq_prob, mask=targets >= 0)
+    padded = preference_loss(
+        sequence_logprob(logprob, mask=targets >= 0),
+        reference,
+        lengths=(targets >= 0).sum(-1),
+        objective=name,
+        **more_arguments(objective),
+        **squares,
+    )
+    packed = linear_preference_loss(
+        batch.hidden,
+        batch.weight,
+        batch.targets,
+        CU_SEQLENS,
+        reference_logprob=reference,
+        objective=name,
+        backend="cpu",
+        **more,
+    )
+    torch.testing.assert_close(tuple(packed), tuple(padded), rtol=1e-6, atol=1e-7)
+    leaves = (batch.hidden, batch.weight)
+    for mine, expected in zip(grads(packed.loss, *leaves), grads(padded.loss, *leaves), strict=True):
+        assert_near(mine, expected, torch.float64)
+
+
+@pytest.mark.parametrize("objective", ["is_dpo", "ipo_mean", "simpo"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_weights(backend, objective):
+    """Labels of segments, masks, decays: factors in the sums of policy and reference, not in the counts of tokens."""
+    batch = make_batch()
+    token_weight = torch.linspace(-1.0, 1.0, N, dtype=torch.float64)
+    token_weight[12:15] = 0
+    policy_N = dense_logprob(batch.hidden, batch.weight, batch.targets)
+    reference_N = dense_logprob(*batch.reference, batch.targets)
+    expected = preference_loss(
+        dense_sums(policy_N * token_weight),
+        dense_sums(reference_N * token_weight),
+        objective=objective,
+        lengths=lengths(batch.targets),
+    )
+    actual = linear_preference_loss(
+        batch.hidden,
+        batch.weight,
+        batch.targets,
+        CU_SEQLENS,
+        reference_logprob=reference_N.where(batch.targets >= 0, math.nan)[None],
+        token_weight=token_weight.float().double()[None],
+        objective=objective,
+        backend=backend,
+    )
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-6, atol=1e-6)
+    leaves = (batch.hidden, batch.weight)
+    for mine, dense in zip(grads(actual.loss, *leaves), grads(expected.loss, *leaves), strict=True):
+        torch.testing.assert_close(mine, dense, rtol=1e-5, atol=1e-6)
+
+
+def test_where_tokens_stand():
+    scored = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
+    cu_seqlens = torch.tensor([0, 4, 8, 8, 12])  # 3, 3, 0 and 2 scored tokens
+    place = token_place(scored, cu_seqlens, None)
+    assert place.position[scored].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert place.length[scored].tolist() == [3, 3, 3, 3, 3, 3, 2, 2]
+    assert place.other_length[scored].tolist() == [0, 0, 0, 2, 2, 2, 3, 3]
+    # the shorter one of two partners; a row in no pair has none
+    place = token_place(scored, cu_seqlens, torch.tensor([[0, 1], [3, 0]]))
+    assert place.other_length[scored].tolist() == [2, 2, 2, 3, 3, 3, 3, 3]
+    place = token_place(scored, cu_seqlens, torch.tensor([[1, 3]]))
+    assert place.other_length[scored].tolist() == [math.inf] * 3 + [2, 2, 2, 3, 3]
 
 
 # Every argument that is passed on, all at once: dropping one changes the result.
@@ -339,10 +461,16 @@ PER_TOKEN = torch.zeros(N)
         ),
         ({"behaviour_logprob": torch.zeros(7)}, r"behaviour_logprob: expected \[41\] .* got \[7\]"),
         ({"behaviour_logprob": PER_TOKEN, "objective": "dpo"}, "behaviour: 'dpo' would ignore it"),
-        ({"objective": "orpo"}, "objective: expected one of dpo, .*, got 'orpo'"),
+        ({"objective": "dop"}, "objective: expected one of dpo, .*, got 'dop'"),
         ({"gamma": 1.0}, "is_dpo: unknown option 'gamma'"),
         ({"denominator": 0.0}, "denominator: expected a number above 0, got 0.0"),
         ({"pairs": torch.tensor([[0, 6]])}, r"pairs: expected rows in 0..5, got \[\[0, 6\]\]"),
+        ({"token_weight": PER_TOKEN[:5]}, r"token_weight: expected \[41\], got \[5\]"),
+        ({"token_weight": PER_TOKEN.long()}, "token_weight: expected a floating dtype, got torch.int64"),
+        (
+            {"token_weight": PER_TOKEN, "reference_logprob": torch.zeros(6)},
+            r"reference_logprob: expected one a token where tokens are weighted, got \[6\]",
+        ),
         ({"backend": "fpga"}, "backend: expected one of .*, got 'fpga'"),
     ],
 )

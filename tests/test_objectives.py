@@ -1,81 +1,144 @@
-"""Objectives: golden values by hand, gradients, laws, and the rules of the registry. Letters: P pairs."""
+"""The registry of objectives: golden rows, gradients, laws, and the rules that all of it keeps.
 
+Letters: S sequences, P pairs, G groups.
+"""
+
+import ast
+import importlib
 import inspect
 import math
+import re
+import textwrap
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from objective_cases import LOOK_AT_THE_BATCH, STANDARD, Golden, sample
 
 from isdaa_kernels.objectives import (
+    FAMILIES,
     OBJECTIVES,
     ImportanceWeight,
     Objective,
     Pair,
     PairLogprob,
+    SequenceInputs,
     get_objective,
     importance_sampled,
 )
-from isdaa_kernels.objectives.objective import NEEDS
-from isdaa_kernels.objectives.options import DOMAINS
+from isdaa_kernels.objectives.objective import KINDS, NEEDS
 from isdaa_kernels.preference_loss import preference_loss
+from isdaa_kernels.preference_terms import columns_of, needs_of
 
-BASES = ("dpo", "ipo", "ipo_mean", "slic")
-A, B = 0.5, -1.0  # log-ratios of the golden pair: Delta = 1.5, a + b = -0.5
-LENGTHS = (5.0, 4.0)
-W = math.exp(-0.5)
-
-# name -> (options, loss of the golden pair)
-GOLDEN = {
-    "dpo": [
-        ({}, math.log1p(math.exp(-0.15))),
-        ({"beta": 2.0}, math.log1p(math.exp(-3.0))),
-        ({"label_smoothing": 0.2}, 0.8 * math.log1p(math.exp(-0.15)) + 0.2 * math.log1p(math.exp(0.15))),
-    ],
-    "ipo": [({}, 12.25), ({"beta": 0.5}, 0.25)],  # (1.5 - 5)^2, (1.5 - 1)^2
-    "ipo_mean": [({}, 21.6225), ({"beta": 0.5}, 0.4225)],  # 0.5 / 5 + 1 / 4 = 0.35; (0.35 - 5)^2, (0.35 - 1)^2
-    "slic": [({}, 0.85), ({"beta": 0.5}, 0.25), ({"beta": 1.0}, 0.0)],
-    "is_dpo": [
-        ({}, W * math.log1p(math.exp(-0.15))),
-        ({"label_smoothing": 0.5}, W * (math.log1p(math.exp(-0.15)) + 0.075)),
-    ],
-    "is_ipo": [({}, W * 12.25)],
-    "is_ipo_mean": [({}, W * 21.6225)],
-    "is_slic": [({}, W * 0.85)],
-}
+GOLDEN: list[Golden] = [
+    row for family in FAMILIES for row in importlib.import_module(f"golden_{family.__name__.split('.')[-1]}").ROWS
+]
+BASES = {name: objective for name, objective in OBJECTIVES.items() if not name.startswith("is_")}
+PAIRWISE = {name: objective for name, objective in BASES.items() if objective.kind == "pair"}
+# Those that weigh tokens are the ones they are made from, once tokens are summed.
+IN_SUMS = {name: objective for name, objective in BASES.items() if objective.token_weight is None}
 
 
-def make_pair(a, b, lengths=None) -> PairLogprob:
-    """PairLogprob with the given log-ratios over a reference of -12.5 (chosen) and -8.25 (rejected)."""
-    a, b = (torch.as_tensor(value, dtype=torch.float64) for value in (a, b))
-    reference = Pair(torch.full_like(a, -12.5), torch.full_like(b, -8.25))
-    policy = Pair(reference.chosen + a, reference.rejected + b)
-    lengths = Pair(*(torch.full_like(a, n) for n in (lengths or LENGTHS)))
-    return PairLogprob(policy, reference, reference, lengths)
+def batch_of(objective: Objective, inputs: SequenceInputs, groups=None):
+    if objective.kind == "pair":
+        return inputs.pairs(None, columns_of(objective))
+    return inputs.completions() if objective.kind == "completion" else inputs.groups(groups)[0]
 
 
-@pytest.mark.parametrize(("name", "options", "expected"), [(n, *row) for n, rows in GOLDEN.items() for row in rows])
-def test_golden_value(name, options, expected):
-    policy, reference = torch.tensor([-12.0, -9.25]), torch.tensor([-12.5, -8.25])
-    loss, _ = preference_loss(policy, reference, objective=name, lengths=torch.tensor(LENGTHS), **options)
-    assert loss.item() == pytest.approx(expected, rel=1e-7, abs=1e-9)
+def split(arguments: dict) -> tuple[dict, dict]:
+    """(tensors of `SequenceInputs`, the rest)"""
+    names = {field.name for field in fields(SequenceInputs)}
+    return {n: v for n, v in arguments.items() if n in names}, {n: v for n, v in arguments.items() if n not in names}
 
 
-def test_every_objective_has_a_golden_row():
-    assert set(GOLDEN) == set(OBJECTIVES)
+def run(objective: Objective, arguments: dict, **options):
+    """(loss, gradient of the policy)"""
+    tensors = dict(arguments)
+    policy = tensors.pop("policy").clone().requires_grad_()
+    if objective.token_weight is not None:  # in sums its tokens are weighted already
+        objective = replace(objective, token_weight=None, defaults={"beta": 0.1})
+    if "token_weight" in objective.needs:
+        objective = replace(objective, needs=objective.needs - {"token_weight"})
+    loss, _ = preference_loss(policy, objective=objective, **tensors, **options)
+    (grad,) = torch.autograd.grad(loss, policy)
+    return loss.detach(), grad
+
+
+# ---- Golden rows
+
+
+@pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row.objective}-{row.options}")
+def test_golden_row(row):
+    arguments, options = row.tensors(), row.arguments()
+    loss, grad = run(get_objective(options.pop("objective")), arguments, **options)
+    assert loss.item() == pytest.approx(row.loss, rel=1e-6, abs=1e-9)
+    torch.testing.assert_close(grad, torch.tensor(row.gradient, dtype=torch.float64), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"is_{row.objective}-{row.options}")
+def test_golden_row_with_the_importance_weight(row):
+    """The weight of every pair is e^min(a + b, 2), where the row has one pair; a constant for the gradient."""
+    base = get_objective(row.objective)
+    arguments = row.tensors()
+    alone = base.kind == "pair" and not base.importance_weighted and arguments["policy"].numel() in (2, 3)
+    if not alone or "reference" not in arguments:
+        assert base.kind != "pair" or base.importance_weighted or base.name in several_rows(base.name)
+        return
+    ratio = (arguments["policy"] - arguments["reference"])[:2].sum().item()
+    weight = math.exp(min(ratio, 2.0))
+    options = row.arguments()
+    options.pop("objective")
+    loss, grad = run(OBJECTIVES[f"is_{base.name}"], arguments, **options)
+    assert loss.item() == pytest.approx(weight * row.loss, rel=1e-6, abs=1e-9)
+    expected = weight * torch.tensor(row.gradient, dtype=torch.float64)
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-12)
+
+
+def several_rows(name: str) -> set[str]:
+    """The name, if other golden rows have it."""
+    return {row.objective for row in GOLDEN if row.objective == name}
+
+
+def test_every_objective_has_golden_rows_at_its_defaults_and_with_options():
+    for name, objective in BASES.items():
+        rows = [row for row in GOLDEN if row.objective == name]
+        assert any(not row.options for row in rows), f"{name}: no golden row at the defaults"
+        if objective.defaults:
+            assert any(row.options for row in rows) or len(rows) > 1, f"{name}: one golden row alone"
+
+
+# ---- Rules of the registry
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_registry_rules(name):
     objective = OBJECTIVES[name]
     assert objective.name == name
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", name)
     assert objective.needs <= set(NEEDS)
-    assert set(objective.defaults) <= set(DOMAINS)
-    assert len(inspect.getsource(objective.function).splitlines()) <= 15
-    assert "[P]" in objective.function.__doc__
-    assert objective.importance_weighted == name.startswith("is_")
+    assert objective.kind in KINDS.values()
+    assert objective.source
+    assert objective.formula.endswith({"pair": "[P].", "completion": "[S].", "group": "[G]."}[objective.kind])
+    assert objective.resolve_options({}) == objective.defaults
+    numbers = {n: v for n, v in objective.defaults.items() if v is not None and not isinstance(v, torch.Tensor)}
+    assert objective.resolve_options(numbers) == objective.defaults
+
+
+def body_lines(function) -> int:
+    """Lines of a function beside its decorators, its signature and its docstring."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    first, *_ = (
+        node for node in tree.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    )
+    return tree.body[-1].end_lineno - first.lineno + 1
 
 
 @pytest.mark.parametrize("name", BASES)
+def test_an_objective_is_at_most_fifteen_lines(name):
+    assert body_lines(BASES[name].function) <= 15
+
+
+@pytest.mark.parametrize("name", [name for name, objective in PAIRWISE.items() if not objective.importance_weighted])
 def test_importance_sampled_keeps_the_formula_of_its_base(name):
     base, weighted = OBJECTIVES[name], OBJECTIVES[f"is_{name}"]
     assert weighted == importance_sampled(base)
@@ -83,88 +146,223 @@ def test_importance_sampled_keeps_the_formula_of_its_base(name):
     assert weighted.importance == ImportanceWeight()
 
 
-def test_only_the_mean_form_needs_lengths():
-    needing = {name for name, objective in OBJECTIVES.items() if "lengths" in objective.needs}
-    assert needing == {"ipo_mean", "is_ipo_mean"}
+@pytest.mark.parametrize("name", BASES)
+def test_what_is_needed_is_missed_and_what_is_not_is_refused(name):
+    objective, arguments = BASES[name], sample(BASES[name])
+    if objective.token_weight is not None or "token_weight" in objective.needs:
+        with pytest.raises(ValueError, match="linear_preference_loss|token_weight: expected"):
+            preference_loss(**arguments, objective=name)
+        return
+    preference_loss(**arguments, objective=name)
+    needs = needs_of(objective, objective.importance)
+    for need in needs - {"gold", "behaviour"}:
+        with pytest.raises(ValueError, match=f"{need}: expected .* for '{name}', got None"):
+            preference_loss(**{**arguments, need: None}, objective=name)
+    policy = arguments["policy"]
+    others = {"rewards": policy, "desirable": policy > 0, "mismatched": policy, "kl_score": policy}
+    others |= {"log_sum_sq_prob": policy, "opponents": policy[None], "behaviour": policy}
+    for other, value in others.items():
+        if other not in needs:
+            with pytest.raises(ValueError, match=f"{other}: '{name}' would ignore it"):
+                preference_loss(**arguments, **{other: value}, objective=name)
 
 
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
+# ---- Gradients
 
 
-# base, options, dL/da, dL/db at (A, B); each hinge has a row on either side of its kink
-GRADIENTS = [
-    ("dpo", {"beta": 0.3}, -0.3 * sigmoid(-0.45), 0.3 * sigmoid(-0.45)),
-    ("dpo", {"beta": 0.3, "label_smoothing": 0.1}, 0.3 * (sigmoid(0.45) - 0.9), -0.3 * (sigmoid(0.45) - 0.9)),
-    ("ipo", {"beta": 0.2}, 2 * (1.5 - 2.5), -2 * (1.5 - 2.5)),
-    ("ipo_mean", {"beta": 0.2}, 2 * (0.35 - 2.5) / 5, -2 * (0.35 - 2.5) / 4),
-    ("slic", {"beta": 0.4}, -0.4, 0.4),
-    ("slic", {"beta": 0.7}, 0.0, 0.0),
+# The gradient that is meant leaves out what these hold constant; their golden rows have it.
+HOLD_CONSTANT = {
+    "ada_dpo": "the scale of a pair, the minimiser of its own loss",
+    "beta_dpo": "the state's numbers",
+    "wpo": "",
+}
+
+
+@pytest.mark.parametrize("name", IN_SUMS)
+def test_gradcheck(name):
+    objective = BASES[name]
+    tensors, rest = split(sample(objective, items=3, seed=5))
+    policy = tensors.pop("policy")
+    kl_score = tensors.pop("kl_score", None)
+    options = objective.resolve_options({})
+    if "state" in rest:
+        options |= rest["state"](batch_of(objective, SequenceInputs(policy, **tensors)))
+    if name == "ada_dpo":
+        return
+
+    def loss(policy, kl_score=None):
+        batch = batch_of(objective, SequenceInputs(policy, **tensors, kl_score=kl_score), rest.get("groups"))
+        return objective.loss(batch, options)
+
+    leaves = (policy.requires_grad_(),)
+    if kl_score is not None:
+        leaves += (kl_score.requires_grad_(),)
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+EXTREMES = (0.0, 1e4, -1e4, 700.0, -700.0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_log_ratios_beyond_all_bounds_leave_loss_and_gradient_finite(name):
+    objective = OBJECTIVES[name]
+    for chosen in EXTREMES:
+        for rejected in EXTREMES:
+            arguments = sample(objective, items=2)
+            S = arguments["policy"].numel()
+            # of each pair the two that count; of gold, of a group's others: as sampled
+            log_ratio = arguments["policy"] - arguments["reference"]
+            log_ratio[: S // 2], log_ratio[S // 2 :] = chosen, rejected
+            arguments = sample(objective, items=2, log_ratio=log_ratio)
+            loss, grad = run(objective, arguments)
+            assert loss.isfinite(), (chosen, rejected)
+            assert grad.isfinite().all(), (chosen, rejected)
+
+
+@pytest.mark.parametrize("name", IN_SUMS)
+def test_empty_completions_leave_no_trace(name):
+    """Whatever their log-probs are, the loss of the others is the same, and so is their gradient."""
+    objective = BASES[name]
+    if objective.state_required:
+        return
+    whole = sample(objective, items=4, seed=2)
+    tensors, rest = split(whole)
+    columns = {"pair": columns_of(objective), "completion": 1, "group": 4}[objective.kind]
+    item = 1 if objective.kind != "group" else slice(4, 8)
+    by_item = {
+        n: (v.view(*v.shape[:-1], columns, -1) if objective.kind != "group" else v).clone() for n, v in tensors.items()
+    }
+    by_item["lengths"][..., item] = 0
+    bad = {n: v.clone() for n, v in by_item.items()}
+    for n in ("policy", "reference"):
+        bad[n][..., item] = math.nan
+    loss, grad = run(objective, {n: v.view(tensors[n].shape) for n, v in bad.items()} | rest, denominator=3)
+    if objective.kind == "group":
+        keep = torch.tensor([0, 2, 3])
+        fewer = tensors | {"groups": rest["groups"][keep]}
+    else:
+        keep = torch.tensor([0, 2, 3])
+        fewer = {n: v[..., keep].reshape(*tensors[n].shape[:-1], -1) for n, v in by_item.items()}
+    expected, expected_grad = run(objective, fewer, denominator=3)
+    torch.testing.assert_close(loss, expected)
+    if objective.kind != "group":
+        grad = grad.view(columns, -1)
+        assert (grad[:, 1] == 0).all()
+        grad = grad[:, keep].reshape(-1)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+# ---- Laws
+
+# A loss of log-ratios alone does not see where the reference stands.
+LOG_RATIOS = [
+    name
+    for name, objective in IN_SUMS.items()
+    if "reference" in objective.needs
+    and not {"gold", "kl_score"} & objective.needs
+    and name not in {"rpo", "iterative_rpo", "mpo"}  # imitate the chosen completion too
+    and not objective.state_required
 ]
 
 
-@pytest.mark.parametrize("weight", [1.0, W])
-@pytest.mark.parametrize(("base", "options", "grad_a", "grad_b"), GRADIENTS)
-def test_closed_form_gradient(base, options, grad_a, grad_b, weight):
-    name = base if weight == 1.0 else f"is_{base}"
-    policy = torch.tensor([-12.0, -9.25], requires_grad=True)
-    loss, _ = preference_loss(
-        policy, torch.tensor([-12.5, -8.25]), objective=name, lengths=torch.tensor(LENGTHS), **options
-    )
-    loss.backward()
-    expected = torch.tensor([weight * grad_a, weight * grad_b])
-    torch.testing.assert_close(policy.grad, expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_gradcheck(name):
-    function = OBJECTIVES[name].function
-    reference = Pair(*torch.tensor([[-3.0, -7.0, -2.5], [-4.0, -1.0, -6.0]], dtype=torch.float64))
-    lengths = Pair(*torch.tensor([[3.0, 9.0, 2.0], [5.0, 1.0, 7.0]], dtype=torch.float64))
-    # margins -0.3, 7.1 and 30.0: no hinge kink (10) within the finite difference
-    chosen = (reference.chosen + torch.tensor([0.2, 3.1, 14.0])).requires_grad_()
-    rejected = (reference.rejected + torch.tensor([0.5, -4.0, -16.0])).requires_grad_()
-
-    def loss(chosen, rejected):
-        return function(PairLogprob(Pair(chosen, rejected), reference, reference, lengths))
-
-    assert torch.autograd.gradcheck(loss, (chosen, rejected))
-    assert torch.autograd.gradgradcheck(loss, (chosen, rejected))
-
-
-# The laws hold for any reference level: only log-ratios enter.
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", LOG_RATIOS)
 def test_shift_law(name):
-    pair = make_pair([0.5, -2.0], [-1.0, 3.0])
-    shifted = PairLogprob(*(Pair(p.chosen + 64.0, p.rejected - 32.0) for p in (pair.policy, pair.reference)))
-    shifted = PairLogprob(shifted.policy, shifted.reference, shifted.reference, pair.lengths)
-    function = OBJECTIVES[name].function
-    torch.testing.assert_close(function(shifted), function(pair), rtol=1e-12, atol=0)
+    objective, arguments = BASES[name], sample(BASES[name])
+    shift = torch.linspace(-64, 32, arguments["policy"].numel(), dtype=torch.float64)
+    if objective.importance is not None:  # a weight of the policy's own sharpness
+        return
+    moved = {n: v + shift if n in ("policy", "reference", "opponents") else v for n, v in arguments.items()}
+    found, expected = run(objective, moved), run(objective, arguments)
+    torch.testing.assert_close(found, expected, rtol=2e-7, atol=1e-9)
 
 
-def test_dpo_of_the_swapped_pair_differs_by_the_scaled_margin():
-    loss = OBJECTIVES["dpo"].function(make_pair([0.5, 40.0], [-1.0, 2.0]), beta=0.7)
-    swapped = OBJECTIVES["dpo"].function(make_pair([-1.0, 2.0], [0.5, 40.0]), beta=0.7)
-    torch.testing.assert_close(swapped - loss, 0.7 * torch.tensor([1.5, 38.0], dtype=torch.float64))
+# L(z) = -log S(z) at these options: swapping the two completions adds z. (name, options, z of a log-ratio of a, b and lengths n)
+LOGISTIC = [
+    ("dpo", {"beta": 0.7}, lambda a, b, n: 0.7 * (a - b)),
+    ("dpo_mean", {"beta": 0.7}, lambda a, b, n: 0.7 * (a / n[0] - b / n[1])),
+    ("dpo_js", {"beta": 0.7}, lambda a, b, n: 0.7 * (math.log((1 + math.exp(-b)) / (1 + math.exp(-a))))),
+    ("dpo_forward_kl", {"beta": 0.7}, lambda a, b, n: 0.7 * (math.exp(-b) - math.exp(-a))),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "scaled"), LOGISTIC)
+@pytest.mark.parametrize(("a", "b"), [(0.5, -1.0), (-2.0, 1.5)])
+def test_swapping_a_pair_adds_its_scaled_margin(name, options, scaled, a, b):
+    def loss(a, b, lengths):
+        policy = torch.tensor([a, b], dtype=torch.float64)
+        lengths = torch.tensor(lengths)
+        return run(OBJECTIVES[name], {"policy": policy, "reference": torch.zeros(2), "lengths": lengths}, **options)[0]
+
+    difference = loss(b, a, (4, 5)) - loss(a, b, (5, 4))
+    assert difference.item() == pytest.approx(scaled(a, b, (5, 4)), rel=1e-5)
+
+
+# loss(c beta, x / c) = c^power loss(beta, x): the scale of log-ratios is that of 1 / beta.
+SCALE = [
+    ("dpo", 0),
+    ("slic", 0),
+    ("robust_dpo", 0),
+    ("exo", 0),
+    ("nca", 0),
+    ("bco", 0),
+    ("apo_zero", 0),
+    ("apo_down", 0),
+]
+SCALE += [("ipo", -2), ("ipo_mean", -2), ("sppo_hard", -2), ("discopop", 0), ("minor_dpo", 0), ("dpop", 0)]
+
+
+@pytest.mark.parametrize(("name", "power"), SCALE)
+def test_scale_law(name, power):
+    arguments = sample(OBJECTIVES[name])
+    log_ratio = arguments["policy"] - arguments["reference"]
+    scaled = arguments | {"policy": arguments["reference"] + log_ratio / 4}
+    expected, _ = run(OBJECTIVES[name], arguments, beta=0.3)
+    found, _ = run(OBJECTIVES[name], scaled, beta=1.2)
+    assert found.item() == pytest.approx(4.0**power * expected.item(), rel=1e-6)
 
 
 def test_label_smoothing_of_one_half_ignores_the_label():
-    loss = OBJECTIVES["dpo"].function(make_pair([0.5], [-1.0]), label_smoothing=0.5)
-    swapped = OBJECTIVES["dpo"].function(make_pair([-1.0], [0.5]), label_smoothing=0.5)
-    torch.testing.assert_close(loss, swapped)
+    arguments = sample(OBJECTIVES["dpo"], items=1)
+    swapped = {name: value.flip(0) for name, value in arguments.items()}
+    loss, _ = run(OBJECTIVES["dpo"], arguments, label_smoothing=0.5)
+    torch.testing.assert_close(run(OBJECTIVES["dpo"], swapped, label_smoothing=0.5)[0], loss)
 
 
 def test_ipo_mean_equals_ipo_at_length_one():
-    pair = make_pair([0.5, -2.0], [-1.0, 3.0], lengths=(1.0, 1.0))
-    torch.testing.assert_close(OBJECTIVES["ipo_mean"].function(pair), OBJECTIVES["ipo"].function(pair), rtol=0, atol=0)
+    arguments = sample(OBJECTIVES["ipo_mean"]) | {"lengths": torch.ones(12)}
+    assert torch.equal(run(OBJECTIVES["ipo_mean"], arguments)[1], run(OBJECTIVES["ipo"], arguments)[1])
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_an_option_may_hold_one_value_a_pair(name):
-    pair, function = make_pair([0.5, -2.0], [-1.0, 3.0]), OBJECTIVES[name].function
-    together = function(pair, beta=torch.tensor([0.1, 0.7], dtype=torch.float64))
-    apart = torch.stack([function(pair, beta=0.1)[0], function(pair, beta=0.7)[1]])
-    torch.testing.assert_close(together, apart, rtol=1e-14, atol=0)
+@pytest.mark.parametrize("name", [name for name in IN_SUMS if "beta" in BASES[name].defaults])
+def test_an_option_may_hold_one_value_an_item(name):
+    objective = BASES[name]
+    if objective.kind == "group" or objective.state_required or objective.state is not None:
+        return
+    arguments = sample(objective, items=2)
+    beta = torch.tensor([0.1, 0.7], dtype=torch.float64)
+    columns = {"pair": columns_of(objective), "completion": 1}[objective.kind]
+    together, _ = run(objective, arguments, beta=beta)
+
+    def alone(item: int):
+        return {
+            n: v.view(*v.shape[:-1], columns, 2)[..., item].reshape(*v.shape[:-1], -1) for n, v in arguments.items()
+        }
+
+    if name in LOOK_AT_THE_BATCH:
+        return
+    apart = [run(objective, alone(item), beta=beta[item].item())[0] for item in (0, 1)]
+    torch.testing.assert_close(together, torch.stack(apart).mean())
+
+
+def test_only_what_divides_by_length_needs_lengths():
+    standard = {name: torch.tensor(value, dtype=torch.float64) for name, value in STANDARD.items()}
+    for name in ("dpo", "ipo", "slic"):
+        without, _ = run(OBJECTIVES[name], {**standard, "lengths": None})
+        assert without == run(OBJECTIVES[name], standard)[0]
+    assert "lengths" in OBJECTIVES["ipo_mean"].needs
+
+
+# ---- Objectives of the caller's own, and bad input
 
 
 def test_own_objective_passes_through():
@@ -174,8 +372,13 @@ def test_own_objective_passes_through():
     assert loss.item() == 4.0
 
 
+def test_a_pair_without_reference_is_its_own_log_ratio():
+    pair = PairLogprob(Pair(torch.tensor([-1.0]), torch.tensor([-3.0])))
+    assert pair.margin.item() == 2.0
+
+
 def test_unknown_objective_lists_the_names():
-    with pytest.raises(ValueError, match=r"objective: expected one of dpo, ipo, .*is_slic, got 'dop'"):
+    with pytest.raises(ValueError, match=r"objective: expected one of dpo, ipo, .*is_slic.*, got 'dop'"):
         get_objective("dop")
     with pytest.raises(ValueError, match="objective: expected one of"):
         get_objective(["dpo"])

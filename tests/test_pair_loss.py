@@ -27,6 +27,7 @@ from isdaa_kernels.backends.cpu.tiles import native
 from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective, SequenceInputs
 from isdaa_kernels.objectives.importance import MODES as WEIGHT_MODES
 from isdaa_kernels.objectives.metrics import PAIR_METRICS
+from isdaa_kernels.ops import pair_loss as pair_loss_ops
 from isdaa_kernels.pair_loss import METRICS, MODES, Packing, PairLossCall, PairLossNumbers
 from isdaa_kernels.preference_loss import dense_preference_loss
 from isdaa_kernels.testing import poisoned_empty
@@ -266,10 +267,10 @@ def test_values_that_point_outside_raise_in_the_operator():
 def test_what_is_fused():
     batch, device = in_sums(make_batch()), torch.device("cpu")
     for name in FUSED:
-        assert terms_of(batch, Settings(name)).fused(device) == ops._FIRST
+        assert terms_of(batch, Settings(name)).fused(device) == pair_loss_ops._FIRST
         assert terms_of(batch, Settings(name)).fused(device, "cpu") == "cpu"
         assert terms_of(batch, Settings(name)).fused(device, "reference") is None
-    assert terms_of(batch, Settings(more={"beta": torch.ones(5)})).fused(device) == ops._FIRST
+    assert terms_of(batch, Settings(more={"beta": torch.ones(5)})).fused(device) == pair_loss_ops._FIRST
     assert terms_of(batch, Settings(more={"beta": torch.ones(5, requires_grad=True)})).fused(device) is None
     assert terms_of(batch, Settings(more={"denominator": torch.ones((), device="meta")})).fused(device) is None
     assert terms_of(batch, Settings()).fused(torch.device("meta")) is None
@@ -329,7 +330,7 @@ def test_the_linear_loss_takes_the_same_way_on_both_backends():
 
 
 def test_where_the_compiled_part_is_missing_pytorch_computes_it(monkeypatch):
-    monkeypatch.setattr(ops, "_PAIR_LOSS_FOR", {})
+    monkeypatch.setattr(pair_loss_ops, "_PAIR_LOSS_FOR", {})
     loss, _ = preference_loss(torch.zeros(2, requires_grad=True), torch.zeros(2), objective="dpo")
     assert loss.item() == pytest.approx(math.log(2))
     assert "pair_loss" not in str(loss.grad_fn)
