@@ -6,7 +6,7 @@ from isdaa_kernels.linear_logprob import linear_logprob, linear_logprob_stats
 from isdaa_kernels.linear_preference_loss import linear_preference_loss
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.logprob_from_logits import logprob_from_logits, logprob_stats_from_logits
-from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective, importance_sampled
+from isdaa_kernels.objectives import OBJECTIVES, BatchState, ImportanceWeight, Objective, SelfWeight, importance_sampled
 from isdaa_kernels.preference_loss import PreferenceLoss, preference_loss
 from isdaa_kernels.routing import Routed
 from isdaa_kernels.sequence_logprob import sequence_logprob
@@ -18,6 +18,7 @@ from isdaa_kernels.workspace import Plan
 __version__ = "0.1.0"
 __all__ = [
     "OBJECTIVES",
+    "BatchState",
     "ImportanceWeight",
     "LMHead",
     "NoBackend",
@@ -26,6 +27,7 @@ __all__ = [
     "PreferenceLoss",
     "Problem",
     "Routed",
+    "SelfWeight",
     "VocabOrder",
     "VocabStats",
     "check",

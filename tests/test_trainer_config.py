@@ -23,7 +23,7 @@ def test_flags_make_a_config_with_the_defaults():
     config, resume = parse_arguments(FLAGS)
     assert config == Config(**REQUIRED)
     assert not resume
-    assert (config.objective, config.beta, config.epsilon) == ("is_dpo", 0.1, 1.0)
+    assert (config.objective, config.beta, config.epsilon) == ("is_dpo", None, 1.0)
 
 
 def test_flags_override_the_file(tmp_path):
@@ -94,13 +94,12 @@ def test_bad_values_name_the_field_and_the_value(changes, message):
 
 
 def test_settings_reach_the_objective():
-    config = Config(**REQUIRED, label_smoothing=0.1, epsilon=2.0, importance_mode="per_completion")
+    config = Config(**REQUIRED, beta=0.1, label_smoothing=0.1, epsilon=2.0, importance_mode="per_completion")
     settings = config.preference_settings()
     assert (settings["objective"], settings["beta"], settings["label_smoothing"]) == ("is_dpo", 0.1, 0.1)
     assert (settings["importance"].epsilon, settings["importance"].mode) == (2.0, "per_completion")
     assert Config(**REQUIRED, objective="ipo").preference_settings() == {
         "objective": "ipo",
-        "beta": 0.1,
         "importance": None,
     }
 

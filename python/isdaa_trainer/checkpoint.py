@@ -5,7 +5,7 @@ reference.pt       log-probs under the reference policy
 metrics.jsonl      one line a step;  evaluation.jsonl  one line an evaluation
 curves.png         made of the two
 checkpoints/step-000120/   model and tokenizer as transformers reads them; trainer.pt: optimizer, random state, scale of
-                   routed gradients; vocab_order.pt where these have an order of the vocabulary
+                   routed gradients, what the objective keeps; vocab_order.pt where these have an order of the vocabulary
 model/             the trained model
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from isdaa_kernels import BatchState
 from isdaa_trainer.config import FREE_ON_RESUME, Config
 from isdaa_trainer.model import Policy
 from isdaa_trainer.routing import Routing
@@ -103,7 +104,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save_checkpoint(
-    out: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, routing: Routing, keep: int
+    out: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    routing: Routing,
+    keep: int,
+    objective_state: BatchState | None = None,
 ) -> None:
     """Everything that the step after `step` depends on; then removes all but the newest `keep` checkpoints."""
     target = out / "checkpoints" / f"step-{step:06d}"
@@ -112,15 +119,24 @@ def save_checkpoint(
             policy.save(folder)
             routing.save(folder)
             state = {"optimizer": optimizer.state_dict(), "random": random_state(), "routed_scale": routing.scale}
+            state["objective"] = None if objective_state is None else objective_state.state_dict()
             torch.save(state, folder / "trainer.pt")
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
 
 
-def restore(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer, routing: Routing) -> None:
-    """Optimizer, random state and routing of a checkpoint; its model, `policy`, is read by `load_policy`."""
+def restore(
+    checkpoint: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    routing: Routing,
+    objective_state: BatchState | None = None,
+) -> None:
+    """Optimizer, random state, routing and what the objective keeps; the model, `policy`, is read by `load_policy`."""
     state = torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
+    if objective_state is not None:
+        objective_state.load_state_dict(state["objective"])
     routing.load(checkpoint, state["routed_scale"], policy.device)
     torch.set_rng_state(state["random"]["cpu"])
     if torch.cuda.is_available() and state["random"]["cuda"]:

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import math
 import types
@@ -15,9 +16,21 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from isdaa_kernels import OBJECTIVES, ImportanceWeight, Routed
+from isdaa_kernels import OBJECTIVES, BatchState, ImportanceWeight, Routed
 
 SECTIONS = ("model", "data", "objective", "optimizer", "run")
+
+# Objectives of pairs that need nothing but log-probs, lengths and what the data may have: log-probs of the policy that wrote them.
+TRAINABLE = tuple(
+    sorted(
+        name
+        for name, objective in OBJECTIVES.items()
+        if objective.kind == "pair"
+        and objective.token_weight is None
+        and objective.needs <= {"reference", "lengths"}
+        and (objective.importance is None or isinstance(objective.importance, ImportanceWeight))
+    )
+)
 
 # What may differ between a run and its resumption: how often something is written, and where; never what is computed.
 FREE_ON_RESUME = frozenset({"out", "eval_every", "save_every", "keep_checkpoints"})
@@ -60,9 +73,12 @@ class Config:
         "data", "a pair that exceeds max_length; truncate, drop: counted and printed", "truncate"
     )
 
-    objective: str = setting("objective", "preference loss", "is_dpo", tuple(sorted(OBJECTIVES)))
-    beta: float = setting("objective", "scale of the margin", 0.1, above=0)
+    objective: str = setting("objective", "preference loss", "is_dpo", TRAINABLE)
+    beta: float | None = setting("objective", "scale of the margin; none: the objective's own", None, above=0)
     label_smoothing: float | None = setting("objective", "assumed share of flipped labels; none: 0 (dpo, is_dpo)", None)
+    objective_options: str | None = setting(
+        "objective", "other options of the objective, as name=number,name=number; none: its own", None
+    )
     epsilon: float = setting("objective", "importance weight: a pair's is at most exp(2 epsilon)", 1.0)
     importance_mode: Literal["joint", "per_completion", "none"] = setting(
         "objective", "importance weight: whether epsilon caps the pair's log-ratio or each completion's", "joint"
@@ -129,22 +145,35 @@ class Config:
             raise ValueError(
                 f"max_prompt_length: expected less than max_length = {self.max_length}, got {self.max_prompt_length}"
             )
-        OBJECTIVES[self.objective].resolve_options(self.objective_options())
+        OBJECTIVES[self.objective].resolve_options(self.all_options())
         self.importance_weight()
         self.routed()
 
     def preference_settings(self) -> dict[str, Any]:
         """What `preference_loss` is to compute, as its keyword arguments."""
-        return {"objective": self.objective, "importance": self.importance_weight(), **self.objective_options()}
+        return {"objective": self.objective, "importance": self.importance_weight(), **self.all_options()}
 
     def kernel_settings(self) -> dict[str, Any]:
         """How the kernels are to compute it, as keyword arguments of `linear_logprob`."""
         return {"max_workspace_mb": self.max_workspace_mb, "backend": self.backend}
 
-    def objective_options(self) -> dict[str, float]:
-        """Keyword options of the objective; one that it does not have is not passed unless it was asked for."""
+    def all_options(self) -> dict[str, float]:
+        """Keyword options of the objective that were asked for; the others have its defaults."""
         given = {"beta": self.beta, "label_smoothing": self.label_smoothing}
-        return {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in read_options(self.objective_options).items():
+            if name in given:
+                raise ValueError(f"objective_options: {name} is given twice")
+            given[name] = value
+        return given
+
+    def objective_state(self) -> BatchState | None:
+        """What the objective keeps from step to step, as it is before the first; None where it keeps nothing."""
+        state = OBJECTIVES[self.objective].state
+        if state is None:
+            return None
+        known = inspect.signature(state).parameters
+        return state(**{name: value for name, value in self.all_options().items() if name in known})
 
     def importance_weight(self) -> ImportanceWeight | None:
         """How an is_ objective weighs its pairs; None for the others, which refuse importance settings."""
@@ -180,6 +209,23 @@ class Config:
             return Routed(scale=scale, **{name: value for name, value in given.items() if value is not None})
         except ValueError as error:  # begins with the name of the argument
             raise ValueError(f"routed_{error}") from None
+
+
+def read_options(text: str | None) -> dict[str, float]:
+    """ "name=number,name=number" as a dict; ValueError for anything else."""
+    options: dict[str, float] = {}
+    for part in (text or "").split(",") if text else ():
+        name, equals, number = (word.strip() for word in part.partition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            value = None
+        if not equals or not name or value is None:
+            raise ValueError(f"objective_options: expected name=number,name=number, got {text!r}")
+        if name in options:
+            raise ValueError(f"objective_options: {name} is given twice")
+        options[name] = value
+    return options
 
 
 def check_field(field: dataclasses.Field, value: Any) -> None:

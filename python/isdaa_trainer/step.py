@@ -4,13 +4,14 @@ Letters: N tokens of a packed micro-batch, D hidden size, P pairs, S = 2P sequen
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from isdaa_kernels import PreferenceLoss, linear_logprob, preference_loss, sequence_logprob
+from isdaa_kernels import BatchState, PreferenceLoss, linear_logprob, preference_loss, sequence_logprob
 from isdaa_trainer.config import Config
 from isdaa_trainer.data import MicroBatch, Pair, micro_batches, pack
 from isdaa_trainer.model import Policy
@@ -25,11 +26,13 @@ def train_step(
     config: Config,
     step: int,
     routing: Routing | None = None,
+    state: BatchState | None = None,
 ) -> dict[str, float]:
     """Moves the policy by one step on `pairs`; returns the metrics of `preference_loss`, grad_norm and tokens.
 
     reference: [len(pairs), 2] float64 log-probs of (chosen, rejected) under the reference policy. routing: what earlier
-    steps left for this one where gradients are routed, and takes from it for the next; None: nothing.
+    steps left for this one where gradients are routed, and takes from it for the next; None: nothing. state: what the
+    objective keeps from one micro-batch to the next, if anything.
     Raises NonFiniteError, naming the step and the pairs, before the optimizer sees a non-finite loss or gradient.
     """
     routing = Routing(config) if routing is None else routing
@@ -39,7 +42,7 @@ def train_step(
         batch = batch.to(policy.device)
         logprob_S = sequence_sums(policy, batch, config, routing)
         logprob_S.retain_grad()
-        loss, metrics = pair_loss(logprob_S, batch, config, denominator=len(pairs))
+        loss, metrics = pair_loss(logprob_S, batch, config, denominator=len(pairs), state=state)
         loss.backward()
         gradients.append((logprob_S.grad, batch.lengths))
         parts.append((len(batch.pairs), loss.detach(), metrics))
@@ -48,7 +51,7 @@ def train_step(
     for name, value in (("loss", sum(loss for _, loss, _ in parts)), ("gradient", grad_norm)):
         if not torch.isfinite(value):
             raise NonFiniteError(
-                f"step {step}: non-finite {name}; {blame(policy, optimizer, pairs, reference, config, routing)}"
+                f"step {step}: non-finite {name}; {blame(policy, optimizer, pairs, reference, config, routing, state)}"
             )
     optimizer.step()
     optimizer.zero_grad()
@@ -68,7 +71,13 @@ def sequence_sums(policy: Policy, batch: MicroBatch, config: Config, routing: Ro
     return sequence_logprob(logprob_N, batch.cu_seqlens)
 
 
-def pair_loss(logprob_S: torch.Tensor, batch: MicroBatch, config: Config, denominator: int | None) -> PreferenceLoss:
+def pair_loss(
+    logprob_S: torch.Tensor,
+    batch: MicroBatch,
+    config: Config,
+    denominator: int | None,
+    state: BatchState | None = None,
+) -> PreferenceLoss:
     """The loss of a micro-batch from its `sequence_sums`. Not `linear_preference_loss`, which is the two in one: the
     step also wants the gradient of the sums."""
     return preference_loss(
@@ -77,6 +86,7 @@ def pair_loss(logprob_S: torch.Tensor, batch: MicroBatch, config: Config, denomi
         lengths=batch.lengths,
         behaviour=batch.behaviour if config.importance_weight() else None,
         denominator=denominator,
+        state=state,
         **config.preference_settings(),
     )
 
@@ -93,17 +103,37 @@ def pair_logprob(policy: Policy, pairs: Sequence[Pair], config: Config, descript
     return torch.cat(found) if found else torch.empty(0, 2, dtype=torch.float64)
 
 
-def evaluate(logprob: torch.Tensor, reference: torch.Tensor, pairs: Sequence[Pair], config: Config) -> dict[str, float]:
+def evaluate(
+    logprob: torch.Tensor,
+    reference: torch.Tensor,
+    pairs: Sequence[Pair],
+    config: Config,
+    state: BatchState | None = None,
+) -> dict[str, float]:
     """Metrics of `preference_loss` over all `pairs` at once, and how often the chosen answer is the likelier one.
 
     logprob, reference: [len(pairs), 2] float64, under the policy and under the reference policy. A tie counts one half.
     """
-    _, metrics = pair_loss(logprob.T.flatten(), pack(pairs, reference), config, denominator=None)
+    with unmoved(state):
+        _, metrics = pair_loss(logprob.T.flatten(), pack(pairs, reference), config, denominator=None, state=state)
     likelier, margin = logprob[:, 0] - logprob[:, 1], (logprob - reference)[:, 0] - (logprob - reference)[:, 1]
     return to_numbers(metrics) | {
         "accuracy/tied_frac": share_positive(margin),
         "likelier/frac": share_positive(likelier),
     }
+
+
+@contextmanager
+def unmoved(state: BatchState | None) -> Iterator[None]:
+    """What the objective keeps is used and stays as it is."""
+    if state is None:
+        yield
+        return
+    state.eval()
+    try:
+        yield
+    finally:
+        state.train()
 
 
 def share_positive(difference: torch.Tensor) -> float:
@@ -155,13 +185,15 @@ def blame(
     reference: torch.Tensor,
     config: Config,
     routing: Routing,
+    state: BatchState | None,
 ) -> str:
     """Which pairs give a non-finite loss or gradient on their own, as "pair from pairs.jsonl line 37"."""
     guilty = []
     for index, pair in enumerate(pairs):
         optimizer.zero_grad()
         batch = pack([pair], reference[index : index + 1]).to(policy.device)
-        loss = pair_loss(sequence_sums(policy, batch, config, routing), batch, config, len(pairs)).loss
+        with unmoved(state):
+            loss = pair_loss(sequence_sums(policy, batch, config, routing), batch, config, len(pairs), state).loss
         loss.backward()
         grads = [parameter.grad for parameter in policy.model.parameters() if parameter.grad is not None]
         if not torch.isfinite(loss) or not all(torch.isfinite(grad).all() for grad in grads):

@@ -51,8 +51,11 @@ class Trainer:
         if config.gradient == "routed":
             check_routing(self.policy, config)
         self.optimizer, self.routing = make_optimizer(self.policy, config), Routing(config)
+        self.state = config.objective_state()
+        if self.state is not None:
+            self.state.to(self.policy.device)
         if newest:
-            disk.restore(newest, self.policy, self.optimizer, self.routing)
+            disk.restore(newest, self.policy, self.optimizer, self.routing, self.state)
         else:
             disk.write_run(self.out, config, self.data.fingerprint())
         self.reference = self.load_reference()
@@ -117,6 +120,7 @@ class Trainer:
             self.config,
             step=self.step + 1,
             routing=self.routing,
+            state=self.state,
         )
         metrics |= refreshed
         self.step += 1
@@ -140,13 +144,13 @@ class Trainer:
         reference = self.reference["heldout"]
         initial = self.step == 0 and self.config.reference_model is None  # the policy still is the reference
         logprob = reference if initial else pair_logprob(self.policy, self.data.heldout, self.config, "evaluation")
-        metrics = evaluate(logprob, reference, self.data.heldout, self.config)
+        metrics = evaluate(logprob, reference, self.data.heldout, self.config, self.state)
         disk.append_line(self.out / "evaluation.jsonl", {"step": self.step, **metrics})
         return metrics
 
     def save_checkpoint(self) -> None:
         disk.save_checkpoint(
-            self.out, self.step, self.policy, self.optimizer, self.routing, self.config.keep_checkpoints
+            self.out, self.step, self.policy, self.optimizer, self.routing, self.config.keep_checkpoints, self.state
         )
         self.draw()
 
