@@ -6,7 +6,15 @@ from isdaa_kernels.linear_logprob import linear_logprob, linear_logprob_stats
 from isdaa_kernels.linear_preference_loss import linear_preference_loss
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.logprob_from_logits import logprob_from_logits, logprob_stats_from_logits
-from isdaa_kernels.objectives import OBJECTIVES, BatchState, ImportanceWeight, Objective, SelfWeight, importance_sampled
+from isdaa_kernels.objectives import (
+    OBJECTIVES,
+    BatchState,
+    ImportanceWeight,
+    Objective,
+    SelfWeight,
+    importance_sampled,
+    weighted_sum,
+)
 from isdaa_kernels.preference_loss import PreferenceLoss, preference_loss
 from isdaa_kernels.routing import Routed
 from isdaa_kernels.sequence_logprob import sequence_logprob
@@ -43,4 +51,5 @@ __all__ = [
     "preference_loss",
     "sequence_logprob",
     "shift_targets",
+    "weighted_sum",
 ]

@@ -3,19 +3,19 @@
 Letters: S sequences, P preference pairs, G groups of at most K completions.
 """
 
-from collections.abc import Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from isdaa_kernels.objectives import BatchState, ImportanceWeight, Objective, Weighting, get_objective
-from isdaa_kernels.objectives.objective import NEEDS
+from isdaa_kernels.objectives.objective import NEEDS, keyword_defaults
 from isdaa_kernels.objectives.pairwise import dpo, ipo, ipo_mean, slic
 from isdaa_kernels.ops import pair_loss_backend
 from isdaa_kernels.pair_loss import BASES, MODES, PairLossNumbers
 
-# Given to an objective that does not need them, these are used all the same: by the metrics, to see which completions are empty, in the sums.
+# Used even by an objective that does not need them: for the metrics, to see which completions are empty, in the sums.
 _ALWAYS_USED = {"reference", "lengths", "token_weight"}
 
 
@@ -116,10 +116,12 @@ def check_preference(
     are made for an objective that needs them."""
     objective = get_objective(objective)
     importance = objective.resolve_importance(importance)
-    options = objective.resolve_options(options if beta is None else {"beta": beta, **options})
+    given_options = options if beta is None else {"beta": beta, **options}
+    options = objective.resolve_options(given_options)
     _check_inputs(objective, importance, given, made)
-    _check_state(objective, state)
+    _check_state(objective, state, given_options)
     rows, size = _rows(objective, pairs, groups, S, device)
+    _check_token_options(objective, options)
     _check_per_item(objective.kind, size, device, sample_weight=sample_weight, **options)
     _check_denominator(denominator)
     options = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
@@ -136,7 +138,7 @@ def _check_inputs(objective: Objective, importance: Weighting | None, given: Set
         raise ValueError(f"{name}: {objective.name!r} would ignore it; expected None")
 
 
-def _check_state(objective: Objective, state: BatchState | None) -> None:
+def _check_state(objective: Objective, state: BatchState | None, options: Collection[str]) -> None:
     if state is None:
         if objective.state_required:
             raise ValueError(f"state: expected a {objective.state.__name__} for {objective.name!r}, got None")
@@ -144,6 +146,16 @@ def _check_state(objective: Objective, state: BatchState | None) -> None:
         raise ValueError(f"state: {objective.name!r} would ignore it; expected None")
     elif not isinstance(state, objective.state):
         raise ValueError(f"state: expected a {objective.state.__name__} for {objective.name!r}, got {state!r}")
+    for name in options:
+        if state is not None and name in state.gives:
+            raise ValueError(f"{objective.name}: {name}: the state gives it; expected None")
+
+
+def _check_token_options(objective: Objective, options: Mapping[str, object]) -> None:
+    """Of what weighs tokens: there is no one value a pair."""
+    for name in () if objective.token_weight is None else keyword_defaults(objective.token_weight):
+        if isinstance(options[name], Tensor) and options[name].ndim > 0:
+            raise ValueError(f"{objective.name}: {name}: expected a number, got a tensor {list(options[name].shape)}")
 
 
 def _rows(

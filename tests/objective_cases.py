@@ -90,5 +90,5 @@ def sample(objective: Objective, items: int = 6, seed: int = 0, log_ratio: Tenso
     }
     arguments |= {name: make() for name, make in made.items() if name in needs}
     if objective.state_required:
-        arguments["state"] = objective.state()
+        arguments["state"] = objective.make_state()
     return arguments

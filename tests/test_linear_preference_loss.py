@@ -131,8 +131,7 @@ def more_arguments(objective: Objective) -> dict:
     if objective.kind == "group":
         more["groups"] = 3
     if objective.state is not None:
-        torch.manual_seed(0)
-        more["state"] = objective.state()
+        more["state"] = objective.make_state()
     return more
 
 

@@ -34,6 +34,7 @@ NAMES = {
     "preference_loss",
     "sequence_logprob",
     "shift_targets",
+    "weighted_sum",
 }
 
 

@@ -68,10 +68,18 @@ def test_every_field_is_a_flag_with_its_default_in_the_help():
         ({"max_steps": 0}, "max_steps: expected a value at least 1, got 0"),
         ({"eval_fraction": 1.0}, "eval_fraction: expected a value below 1, got 1.0"),
         ({"dtype": "float16"}, "dtype: expected one of float32, bfloat16, got 'float16'"),
-        ({"objective": "is_dop"}, "got 'is_dop'; did you mean is_dpo?"),
+        ({"objective": "is_ipoo"}, "got 'is_ipoo'; did you mean is_ipo?"),
         ({"max_prompt_length": 1024}, "max_prompt_length: expected less than max_length = 1024, got 1024"),
         ({"eval_data": "e", "eval_fraction": 0.1}, "eval_fraction: expected 0 beside eval_data, got 0.1"),
         ({"label_smoothing": 0.1, "objective": "ipo"}, "label_smoothing"),
+        ({"objective": "kto"}, "objective: expected one of"),
+        ({"objective": "wpo"}, "objective: expected one of"),
+        ({"objective": "simpo", "objective_options": "gamma=1"}, "simpo: unknown option 'gamma'"),
+        ({"objective": "simpo", "objective_options": "margin"}, "expected name=number,name=number, got 'margin'"),
+        ({"objective": "simpo", "objective_options": "margin=x"}, "expected name=number,name=number, got 'margin=x'"),
+        ({"objective": "simpo", "objective_options": "margin=1,margin=2"}, "objective_options: margin is given twice"),
+        ({"beta": 1.0, "objective_options": "beta=2"}, "objective_options: beta is given twice"),
+        ({"objective": "sft", "beta": 0.1}, "sft: unknown option 'beta'"),
         ({"epsilon": -1.0}, "epsilon"),
         ({"importance_floor": 2.0}, "floor"),
         ({"objective": "dpo", "importance_power": 0.5}, "importance_power: dpo is not importance weighted"),
@@ -102,6 +110,18 @@ def test_settings_reach_the_objective():
         "objective": "ipo",
         "importance": None,
     }
+
+
+def test_options_of_the_objective_and_what_it_keeps():
+    config = Config(**REQUIRED, objective="simpo", beta=3.0, objective_options="margin=0.5, sft_weight=1e-2")
+    settings = {"objective": "simpo", "importance": None, "beta": 3.0, "margin": 0.5, "sft_weight": 0.01}
+    assert config.preference_settings() == settings
+    assert config.objective_state() is None
+    assert Config(**REQUIRED, objective="bco", beta=0.3).objective_state().beta == 0.3
+    assert Config(**REQUIRED, objective="bco").objective_state().beta == 0.01
+    beta_dpo = Config(**REQUIRED, objective="beta_dpo", beta=0.3)  # beta is the state's to give
+    assert beta_dpo.objective_state().beta == 0.3
+    assert beta_dpo.preference_settings() == {"objective": "beta_dpo", "importance": None}
 
 
 def test_routed_settings_reach_the_kernels_and_the_rest_is_theirs():

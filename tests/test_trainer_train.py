@@ -96,6 +96,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(config, monkeypatc
     assert all(a[name].equal(b[name]) for name in b)
 
 
+@pytest.mark.parametrize("objective", ["bco", "beta_dpo"])
+def test_what_an_objective_keeps_survives_a_stop(config, monkeypatch, objective):
+    """A mean over all steps, and draws of pairs: an evaluation moves neither."""
+    config = dataclasses.replace(config, objective=objective, beta=0.2, eval_every=2)
+    whole = dataclasses.replace(config, out=config.out + "-whole", eval_every=3)
+    Trainer(whole).train()
+    trainer = Trainer(config)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, signal.SIGTERM)
+        with pytest.raises(InterruptedRunError):
+            trainer.train()
+    resumed = Trainer(config, resume=True)
+    assert resumed.state.state_dict() == trainer.state.state_dict()
+    assert any(value != 0 for value in resumed.state.state_dict().values())
+    resumed.train()
+    assert lines(config) == lines(whole)
+
+
 def test_a_crash_between_checkpoints_redoes_the_lost_steps_once(config, monkeypatch):
     config = dataclasses.replace(config, save_every=2, eval_every=1)
     whole = dataclasses.replace(config, out=config.out + "-whole")
@@ -185,6 +203,8 @@ def test_other_objectives_and_options_train(config):
             {"objective": "is_ipo_mean", "importance_length_exponent": 1.0, "weight_decay": 0.1, "dtype": "bfloat16"},
             {"importance_normalize": True, "max_tokens_per_micro_batch": 1000, "attention": "eager"},
             {"backend": "reference", "max_workspace_mb": 64.0, "clip_grad_norm": None},
+            {"objective": "simpo", "objective_options": "margin=0.3, sft_weight=0.1"},
+            {"objective": "is_orpo"},
         )
     ):
         run = dataclasses.replace(config, max_steps=3, out=f"{config.out}-{index}", **changes)

@@ -14,6 +14,7 @@ from isdaa_kernels.objectives import (
     unpaired,
 )
 from isdaa_kernels.objectives.batch import CompletionLogprob, GroupLogprob, Pair, PairLogprob, SequenceInputs
+from isdaa_kernels.objectives.imitation import weighted_sum
 from isdaa_kernels.objectives.importance import ImportanceWeight, SelfWeight, Weighting
 from isdaa_kernels.objectives.objective import Objective, importance_sampled, make_objective, token_weighted
 from isdaa_kernels.objectives.state import BatchState
@@ -34,6 +35,7 @@ __all__ = [
     "importance_sampled",
     "make_objective",
     "token_weighted",
+    "weighted_sum",
 ]
 
 FAMILIES = (pairwise, divergences, regularised, reference_free, imitation, games, unpaired, listwise)

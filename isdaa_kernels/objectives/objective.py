@@ -118,6 +118,14 @@ class Objective:
             raise ValueError(f"importance: expected an ImportanceWeight, got {importance!r}")
         return importance
 
+    def make_state(self, **options: object) -> BatchState | None:
+        """A new state for this objective with these options, of which it takes those that it has settings for; None where the objective
+        keeps nothing."""
+        if self.state is None:
+            return None
+        settings = signature(self.state).parameters
+        return self.state(**{n: v for n, v in self.resolve_options(options).items() if n in settings})
+
     def loss(self, batch: PairLogprob | CompletionLogprob | GroupLogprob, options: Mapping[str, object]) -> Tensor:
         """One loss an item, `options` being those of `resolve_options`."""
         of_tokens = {} if self.token_weight is None else keyword_defaults(self.token_weight)

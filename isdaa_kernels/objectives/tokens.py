@@ -18,6 +18,8 @@ class TokenPlace:
 def tail_weight(place: TokenPlace, *, tail_weight: float = 0.5) -> Tensor:
     """1 for the first min(|chosen|, |rejected|) tokens of a completion, `tail_weight` beyond; [N].
 
-    Liu et al. 2024 (LD-DPO, arXiv 2409.06411), where it is called alpha.
+    Liu et al. 2024 (LD-DPO, arXiv 2409.06411), where it is called alpha. One number: a completion may be in several pairs.
     """
-    return torch.where(place.position < torch.minimum(place.length, place.other_length), 1.0, tail_weight)
+    in_both = place.position < torch.minimum(place.length, place.other_length)
+    # where() of two numbers would round them to fp32
+    return torch.where(in_both, torch.ones_like(place.position), tail_weight)

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
-import inspect
 import json
 import math
 import types
@@ -151,7 +150,9 @@ class Config:
 
     def preference_settings(self) -> dict[str, Any]:
         """What `preference_loss` is to compute, as its keyword arguments."""
-        return {"objective": self.objective, "importance": self.importance_weight(), **self.all_options()}
+        state = OBJECTIVES[self.objective].state
+        options = {n: v for n, v in self.all_options().items() if state is None or n not in state.gives}
+        return {"objective": self.objective, "importance": self.importance_weight(), **options}
 
     def kernel_settings(self) -> dict[str, Any]:
         """How the kernels are to compute it, as keyword arguments of `linear_logprob`."""
@@ -169,11 +170,7 @@ class Config:
 
     def objective_state(self) -> BatchState | None:
         """What the objective keeps from step to step, as it is before the first; None where it keeps nothing."""
-        state = OBJECTIVES[self.objective].state
-        if state is None:
-            return None
-        known = inspect.signature(state).parameters
-        return state(**{name: value for name, value in self.all_options().items() if name in known})
+        return OBJECTIVES[self.objective].make_state(**self.all_options())
 
     def importance_weight(self) -> ImportanceWeight | None:
         """How an is_ objective weighs its pairs; None for the others, which refuse importance settings."""
