@@ -15,6 +15,7 @@ from isdaa_kernels.objectives import (
     importance_sampled,
     weighted_sum,
 )
+from isdaa_kernels.objectives.names import NamedObjective, objective_of
 from isdaa_kernels.preference_loss import PreferenceLoss, preference_loss
 from isdaa_kernels.routing import Routed
 from isdaa_kernels.sequence_logprob import sequence_logprob
@@ -29,6 +30,7 @@ __all__ = [
     "BatchState",
     "ImportanceWeight",
     "LMHead",
+    "NamedObjective",
     "NoBackend",
     "Objective",
     "Plan",
@@ -47,6 +49,7 @@ __all__ = [
     "logprob_from_logits",
     "logprob_stats_from_logits",
     "make_vocab_order",
+    "objective_of",
     "plan",
     "preference_loss",
     "sequence_logprob",

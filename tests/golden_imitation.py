@@ -22,6 +22,12 @@ TWO = {
     "reference": (-12.5, -3.25, -8.25, -4.0),
     "lengths": (5, 2, 4, 3),
 }
+GOLD = {"policy": (-12.0, -9.25, -8.0), "reference": (-12.5, -8.25, -7.0), "lengths": (5, 4, 5)}
+TWO_GOLD = {
+    "policy": (-12.0, -3.0, -9.25, -4.0, -8.0, -2.0),
+    "reference": (-12.5, -3.25, -8.25, -4.0, -7.0, -2.0),
+    "lengths": (5, 2, 4, 3, 5, 3),
+}
 ONE_EMPTY = TWO | {"lengths": (5, 2, 4, 0)}
 
 ROWS = [
@@ -29,6 +35,10 @@ ROWS = [
     # 15 nats over 7 tokens; with the second pair empty 12 over 5, divided by both pairs
     Golden("sft", 15 / 7, (-1 / 7, -1 / 7, 0.0, 0.0), {}, TWO),
     Golden("sft", 1.2, (-0.1, 0.0, 0.0, 0.0), {}, ONE_EMPTY),
+    # gold: 8 nats over 5 tokens; then 8 and 2 over 5 and 3, and with an empty rejected completion in the second pair 8 over 5 for both
+    Golden("sft_gold", 1.6, (0.0, 0.0, -0.2), {}, GOLD),
+    Golden("sft_gold", 1.25, (0.0, 0.0, 0.0, 0.0, -0.125, -0.125), {}, TWO_GOLD),
+    Golden("sft_gold", 0.8, (0.0, 0.0, 0.0, 0.0, -0.1, 0.0), {}, TWO_GOLD | {"lengths": (5, 2, 4, 0, 5, 3)}),
     Golden("sft_mean", 2.4, (-0.2, 0.0)),
     Golden("sft_mean", 1.95, (-0.1, -0.25, 0.0, 0.0), {}, TWO),
     Golden("sft_sum", 12.0, (-1.0, 0.0)),

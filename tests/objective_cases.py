@@ -13,7 +13,7 @@ STANDARD = {"policy": (-12.0, -9.25), "reference": (-12.5, -8.25), "lengths": (5
 
 
 # Their loss of an item depends on the others of the batch.
-LOOK_AT_THE_BATCH = {"aot", "aot_unpaired", "kto", "kto_pair", "sft", "mpo"}
+LOOK_AT_THE_BATCH = {"aot", "aot_unpaired", "kto", "kto_pair", "sft", "sft_gold", "mpo"}
 # Pairwise objectives of policy, reference, behaviour and lengths, each pair by itself.
 PLAIN = [
     name

@@ -40,7 +40,7 @@ def dpo_alpha(pair: PairLogprob, *, beta: float = 0.1, alpha: float = 0.5) -> Te
     """-LS(beta (s(a) - s(b))), s(x) = (1 - exp(-alpha x)) / alpha; [P].
 
     f-DPO with an alpha divergence, Wang et al. 2023 (arXiv 2309.16240), alpha in (0, 1) there. alpha = 1 is `dpo_forward_kl`, alpha -> 0 is
-    `dpo`, alpha = -1 the chi-squared divergence without the KL of `chi_po`. TRL 0.24 has the same alpha; from 1.0 its
+    `dpo`, alpha = -1 the chi-squared divergence without the KL of `chi_po`. TRL 0.24 has the same alpha; from 0.29 its
     `f_alpha_divergence_coef` is 1 - alpha, and the default, 0.5, is the same loss. With z the argument of LS:
     d/da = -beta exp(-alpha a) S(-z), d/db = beta exp(-alpha b) S(-z), and 0 where the exponent is above 80: there it is held.
     """

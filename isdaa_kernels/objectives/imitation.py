@@ -25,10 +25,23 @@ def sft(pair: PairLogprob) -> Tensor:
     The cross entropy of the chosen completions, reduced as TRL does for loss_type `sft`: every token has the same weight, so a longer
     completion has more. It looks at the whole batch; micro-batches give each its own mean. d/dlogp_w = -P / (sum of |chosen|).
     """
-    length_P = pair.lengths.chosen
+    return _mean_over_batch(pair, pair.policy.chosen, pair.lengths.chosen)
+
+
+@declare("lengths", "gold", source="TRL")
+def sft_gold(pair: PairLogprob) -> Tensor:
+    """-logp_g P / (sum of |gold| over the P pairs that count): the mean over them is that over all their gold tokens; [P].
+
+    `sft` of a gold completion: the term of TRL's TPO trainer, where `tpo` takes the mean of each pair's own. d/dlogp_g = -P / (sum of
+    |gold|).
+    """
+    return _mean_over_batch(pair, pair.gold.policy, pair.gold.lengths)
+
+
+def _mean_over_batch(pair: PairLogprob, logprob_P: Tensor, length_P: Tensor) -> Tensor:
     present_P = torch.ones_like(length_P, dtype=torch.bool) if pair.present is None else pair.present
     tokens = torch.where(present_P, length_P, 0).sum().clamp(min=1)
-    return -pair.policy.chosen * (present_P.sum() / tokens)
+    return -logprob_P * (present_P.sum() / tokens)
 
 
 @declare("lengths", source="LLaMA-Factory")
@@ -221,7 +234,7 @@ def _own_defaults(terms: list[tuple[Objective, float]], defaults: Mapping[str, o
 
 
 OBJECTIVES = (
-    *(make_objective(function) for function in (sft, sft_mean, sft_sum, rpo, iterative_rpo)),
+    *(make_objective(function) for function in (sft, sft_gold, sft_mean, sft_sum, rpo, iterative_rpo)),
     weighted_sum(
         "mpo",
         {dpo: 0.8, bco: 0.2, sft: 1.0},

@@ -118,7 +118,7 @@ class SelfWeight(Weighting):
 
     Weighted preference optimisation, Zhou et al. 2024 (arXiv 2406.11827): how near the pair is to what the policy would write, against
     the policy's own sharpness ("sampled alignment"), with no behaviour policy. cap: above 0, their code's 1 by default; None: no cap, as
-    in TRL from 1.0.
+    in TRL from 0.29.
     """
 
     cap: float | None = 1.0

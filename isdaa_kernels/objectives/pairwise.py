@@ -41,7 +41,7 @@ def ipo(pair: PairLogprob, *, beta: float = 0.1) -> Tensor:
 def ipo_mean(pair: PairLogprob, *, beta: float = 0.1) -> Tensor:
     """(a / |chosen| - b / |rejected| - 1 / (2 beta))^2: `ipo` of mean log-ratios, nats per scored token; [P].
 
-    The form of TRL (from 1.0) and LLaMA-Factory. With r = a / |chosen| - b / |rejected| - 1 / (2 beta):
+    The form of TRL and LLaMA-Factory. With r = a / |chosen| - b / |rejected| - 1 / (2 beta):
     d/da = 2 r / |chosen|, d/db = -2 r / |rejected|.
     """
     mean_a, mean_b = pair.mean_log_ratio
@@ -123,7 +123,7 @@ def bco(pair: PairLogprob, *, beta: float = 0.01, baseline: float = 0.0) -> Tens
 
     Binary classifier optimisation of a pair, Jung et al. 2024 (arXiv 2404.04656), where d is called delta: the running mean of the
     rewards beta a and beta b, which the state `RewardMean(beta)` keeps, as do LLaMA-Factory and TRL 0.24 (`bco_pair`). Without a state
-    d = 0, as in TRL from 1.0. d/da = -beta S(d - beta a), d/db = beta S(beta b - d).
+    d = 0, as in TRL from 0.29. d/da = -beta S(d - beta a), d/db = beta S(beta b - d).
     """
     a_P, b_P = pair.log_ratio
     return -logsigmoid(beta * a_P - baseline) - logsigmoid(baseline - beta * b_P)

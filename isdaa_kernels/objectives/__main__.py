@@ -1,0 +1,5 @@
+"""Prints docs/objectives.md."""
+
+from isdaa_kernels.objectives.table import page
+
+print(page(), end="")
