@@ -10,7 +10,9 @@ import pytest
 import isdaa_kernels
 
 ROOT = Path(isdaa_kernels.__file__).parent
-MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+INTEGRATIONS = [path for path in FILES if path.parts[0] == "integrations"]
+MODULES = [path for path in FILES if path not in INTEGRATIONS]
 
 # What each module of the package may import of the package; a folder stands for all in it.
 BASE = {"lm_head", "workspace", "targets", "stats", "routing", "pair_loss"}
@@ -87,10 +89,27 @@ def test_the_trainer_uses_public_names_only():
     files = list(folder.rglob("*.py"))
     assert files
     for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "isdaa_kernels":
-                assert node.module == "isdaa_kernels", f"{path.name} imports {node.module}"
-                assert {alias.name for alias in node.names} <= set(isdaa_kernels.__all__)
+        check_public_names(path)
+
+
+# What an integration imports of others, beside torch; each is imported only where somebody asks for it.
+LIBRARIES = {"transformers": {"transformers"}, "trl": {"trl"}, "trl_trainer": {"datasets", "transformers", "trl"}}
+
+
+@pytest.mark.parametrize("module", INTEGRATIONS, ids=str)
+def test_integrations_use_public_names_and_their_library(module):
+    check_public_names(ROOT / module, "isdaa_kernels.integrations.")
+    outside = {name.split(".")[0] for name in imports(ROOT / module)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "isdaa_kernels"} | LIBRARIES.get(module.stem, set())
+    assert outside == set() or module.stem != "__init__"
+
+
+def check_public_names(path: Path, and_below: str = "isdaa_kernels.no") -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+        if module.split(".")[0] == "isdaa_kernels" and not module.startswith(and_below):
+            assert module == "isdaa_kernels", f"{path.name} imports {module}"
+            assert {alias.name for alias in node.names} <= set(isdaa_kernels.__all__)
 
 
 def test_import_needs_nothing_but_torch():

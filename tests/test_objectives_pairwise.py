@@ -275,5 +275,7 @@ def test_bad_option(name, options, message):
 
 @pytest.mark.parametrize("value", [0, True, nan, "4"])
 def test_quantile_match_refuses_a_bound_that_is_none(value):
-    with pytest.raises(ValueError, match="QuantileMatch: pairs_per_rank: expected a whole number of at least 1, or None, got"):
+    with pytest.raises(
+        ValueError, match="QuantileMatch: pairs_per_rank: expected a whole number of at least 1, or None, got"
+    ):
         QuantileMatch(pairs_per_rank=value)

@@ -1,0 +1,150 @@
+"""The kernels of this package under the fused LM head of TRL's trainers: `patch_trl()`, and nothing else changes.
+
+N tokens, D hidden size, V vocabulary.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from isdaa_kernels import Routed, VocabOrder, linear_logprob, linear_logprob_stats
+from isdaa_kernels.integrations.patching import Patch, check_version
+
+TESTED = ("1.16.0",)
+
+# TRL's names of what its head may return beside the log-probs, in its order, and ours
+STATS = {
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_prob",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+}
+UNROUTED = ("entropy", "mean_logit")
+
+
+def patch_trl(
+    *,
+    gradient: Literal["exact"] | Routed = "exact",
+    vocab_order: VocabOrder | None = None,
+    max_workspace_mb: float | None = None,
+    backend: str | None = None,
+    any_version: bool = False,
+) -> Patch:
+    """From here on every model with TRL's fused LM head, trained already or not, computes its log-probs with `linear_logprob`, until
+    the `undo()` of what is returned, or the end of a `with patch_trl(...):`.
+
+    That is the head of DPOTrainer, KTOTrainer, SFTTrainer, GRPOTrainer, RLOOTrainer and of what else calls TRL's `add_fused_lm_head`; the
+    distillation trainers compare two heads at once, and keep TRL's own. gradient, vocab_order, max_workspace_mb, backend: as in
+    `linear_logprob`, for every call. any_version: try it on a TRL that this was not tested with.
+
+    The same as TRL's ChunkedLogProbFunction, but:
+
+    - Logits stay in fp32. TRL rounds them to the dtype of the hidden states, so with 16-bit ones the two differ by TRL's rounding.
+    - `is_top1` is true where no logit is above the target's; TRL wants that no row before the target's has the same logit either. The two
+      differ in the metric `mean_token_accuracy`, where rows of the head are equal, and where TRL's rounding makes 16-bit logits equal.
+    - On the CPU only the tokens that have a label are projected, as TRL itself does on a GPU; there it passes all, with label 0 for the
+      others. Other devices are as TRL has them.
+    - With `Routed`, entropy and mean logit come from a second forward of the head, as they have no routed gradient: for the metrics that is
+      all. A loss that takes the entropy's gradient (GRPO's `entropy_coef`) raises NotImplementedError in its backward.
+
+    Raises ImportError for a version of TRL that was not tested, ValueError where TRL is patched already. At the first forward: ValueError
+    for settings that `linear_logprob` refuses, NotImplementedError for a head partitioned by DeepSpeed ZeRO-3, of which TRL gathers
+    only what it needs at the moment; DTensors (FSDP2) it gathers before.
+    """
+    check_version("trl", TESTED, any_version)
+    import trl.kernels.chunked_logprob
+    import trl.trainer.utils
+
+    head = make_function(gradient=gradient, vocab_order=vocab_order, max_workspace_mb=max_workspace_mb, backend=backend)
+    compact = trl.trainer.utils._use_triton
+    return Patch(
+        (trl.kernels, "ChunkedLogProbFunction", head),
+        (trl.kernels.chunked_logprob, "ChunkedLogProbFunction", head),
+        (trl.trainer.utils, "_ChunkedLogProbFunction", head),
+        (trl.trainer.utils, "_use_triton", lambda device: device.type == "cpu" or compact(device)),
+    )
+
+
+def make_function(**settings: object) -> type:
+    """A class with the `apply` of TRL's ChunkedLogProbFunction; `settings` go to `linear_logprob`."""
+
+    class LinearLogProb:
+        @staticmethod
+        def apply(
+            hidden: Tensor,
+            weight: Tensor,
+            bias: Tensor | None,
+            targets: Tensor,
+            temperature: float,
+            chunk_size: int,  # of TRL's tiles; ours have their own
+            final_logit_softcapping: float | None = None,
+            logit_scale: float = 1.0,
+            outputs: tuple[str, ...] = tuple(STATS),
+        ) -> tuple[Tensor | None, ...]:
+            _check_partitioned(weight, bias)
+            numbers = {"temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
+            return _token_outputs(hidden, weight, targets, outputs, bias=bias, **numbers, **settings)
+
+    return LinearLogProb
+
+
+def _token_outputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, outputs: tuple[str, ...], **options: object
+) -> tuple[Tensor | None, ...]:
+    """(log-prob, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N], None where not in `outputs`; entropy has a gradient."""
+    unknown = sorted(set(outputs) - {"log_probs", *STATS})
+    if unknown:
+        raise ValueError(f"outputs: expected some of log_probs, {', '.join(STATS)}, got {unknown[0]!r}")
+    wanted = [ours for theirs, ours in STATS.items() if theirs in outputs]
+    tensors = (hidden, weight, options["bias"])
+    routed = options["gradient"] != "exact" and _need_gradient(*tensors)
+    apart = [name for name in wanted if routed and name in UNROUTED]
+    logprob, found = _evaluate(hidden, weight, targets, [name for name in wanted if name not in apart], options)
+    if apart:
+        with torch.no_grad():
+            exact = {**options, "gradient": "exact", "vocab_order": None}
+            found |= _evaluate(hidden, weight, targets, apart, exact)[1]
+    if "entropy" in apart:
+        found["entropy"] = _NoGradient.apply(found["entropy"], logprob)
+    if "mean_logit" in found:
+        found["mean_logit"] = found["mean_logit"].detach()  # as TRL's
+    return logprob.float(), *(_as_float(found.get(name)) for name in STATS.values())
+
+
+def _evaluate(
+    hidden: Tensor, weight: Tensor, targets: Tensor, names: list[str], options: dict[str, object]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    if not names:
+        return linear_logprob(hidden, weight, targets, **options), {}
+    logprob, stats = linear_logprob_stats(hidden, weight, targets, stats=names, **options)
+    return logprob, {name: getattr(stats, name) for name in names}
+
+
+class _NoGradient(torch.autograd.Function):
+    """A constant that says so when a loss asks for its gradient, where leaving it out would change the loss in silence."""
+
+    @staticmethod
+    def forward(ctx, entropy: Tensor, logprob: Tensor) -> Tensor:
+        return entropy.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise NotImplementedError(
+            "entropy: has no routed gradient; expected patch_trl(gradient='exact') for a loss with an entropy term"
+        )
+
+
+def _need_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _as_float(value: Tensor | None) -> Tensor | None:
+    return value if value is None or value.dtype == torch.bool else value.float()
+
+
+def _check_partitioned(*parameters: Tensor | None) -> None:
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        raise NotImplementedError(
+            "weight: DeepSpeed ZeRO-3 partitions it, and the backward would find it gone; expected ZeRO-2, FSDP, or TRL without patch_trl"
+        )

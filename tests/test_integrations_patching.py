@@ -1,0 +1,73 @@
+"""A patch is applied whole, once, and leaves nothing behind."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from isdaa_kernels.integrations import patching
+from isdaa_kernels.integrations.patching import Patch, check_version
+
+
+def test_undo_puts_back_what_was_there():
+    owner = SimpleNamespace(a=1, b=2)
+    patch = Patch((owner, "a", 10), (owner, "b", 20))
+    assert (owner.a, owner.b) == (10, 20)
+    patch.undo()
+    patch.undo()
+    assert (owner.a, owner.b) == (1, 2)
+    with Patch((owner, "a", 10)):
+        assert owner.a == 10
+    assert owner.a == 1
+
+
+def test_undo_of_an_inherited_attribute_removes_it():
+    class Base:
+        def greet(self):
+            return "hello"
+
+    owner = Base()
+    with Patch((owner, "greet", lambda: "bye")):
+        assert owner.greet() == "bye"
+    assert "greet" not in vars(owner)
+    assert owner.greet() == "hello"
+
+
+def test_a_block_that_raises_is_undone():
+    owner = SimpleNamespace(a=1)
+    with pytest.raises(RuntimeError, match="inside"), Patch((owner, "a", 10)):
+        raise RuntimeError("inside")
+    assert owner.a == 1
+
+
+def test_an_attribute_is_patched_once():
+    owner, other = SimpleNamespace(a=1, b=2), SimpleNamespace(a=3)
+    with Patch((owner, "a", 10)):
+        with pytest.raises(ValueError, match=r"SimpleNamespace\.a: patched already"):
+            Patch((owner, "b", 20), (owner, "a", 11))
+        assert (owner.a, owner.b) == (10, 2)
+        with Patch((other, "a", 30)):
+            assert other.a == 30
+    with pytest.raises(ValueError, match="patched already"):
+        Patch((owner, "a", 10), (owner, "a", 11))
+    with Patch((owner, "a", 10)):
+        pass
+
+
+def test_an_attribute_that_is_not_there():
+    owner = SimpleNamespace(a=1)
+    with pytest.raises(AttributeError, match="missing"):
+        Patch((owner, "a", 10), (owner, "missing", 0))
+    assert owner.a == 1
+
+
+def test_check_version(monkeypatch):
+    monkeypatch.setattr(patching, "version", lambda package: {"parrot": "2.1"}[package])
+    check_version("parrot", ("2.0", "2.1"))
+    with pytest.raises(ImportError, match=r"parrot: expected version 2\.0 or 2\.2, got 2\.1; pass any_version=True"):
+        check_version("parrot", ("2.0", "2.2"))
+    check_version("parrot", ("2.0",), any_version=True)
+
+
+def test_a_package_that_is_not_installed():
+    with pytest.raises(ImportError, match="no-such-package-anywhere"):
+        check_version("no-such-package-anywhere", ("1.0",))

@@ -1,0 +1,401 @@
+"""TRL's trainers on our kernels: the same numbers and gradients as on TRL's own, and everything put back."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+import trl.kernels
+import trl.kernels.chunked_logprob as chunked_logprob
+import trl.trainer.utils as trl_utils
+from datasets import Dataset
+from trainer_fixtures import make_model
+from trl import (
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl_fixtures import make_folder, make_pairs, train
+
+from isdaa_kernels import NoBackend, Routed, make_vocab_order
+from isdaa_kernels.integrations import patching
+from isdaa_kernels.integrations.trl import make_function, patch_trl
+
+ORIGINAL = chunked_logprob.ChunkedLogProbFunction
+NAMES = ("logprob", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+ALL = NAMES[1:]
+V, D = 301, 32
+
+
+@pytest.fixture(autouse=True)
+def no_telemetry(monkeypatch):
+    monkeypatch.setenv("CI", "1")
+
+
+def ours(**settings):
+    return make_function(
+        **{"gradient": "exact", "vocab_order": None, "max_workspace_mb": None, "backend": None} | settings
+    )
+
+
+def tensors(N, dtype=torch.float32, bias=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=generator).to(dtype)
+    weight = (0.3 * torch.randn(V, D, generator=generator)).to(dtype)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    return hidden, weight, torch.randn(V, generator=generator).to(dtype) if bias else None, targets
+
+
+def run(function, hidden, weight, bias, targets, *transforms, needs=(True, True, True), outputs=ALL):
+    """(the outputs by name, the gradients of a loss of log-prob and entropy)."""
+    leaves = [
+        None if x is None else x.detach().requires_grad_(need)
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    ]
+    found = dict(zip(NAMES, function.apply(*leaves, targets, *transforms, outputs), strict=True))
+    coefficient = torch.linspace(-1, 2, len(targets))
+    loss = (coefficient * found["logprob"]).sum()
+    if found["entropy"] is not None:
+        loss = loss + (coefficient.flip(0) * found["entropy"]).sum()
+    loss.backward()
+    return found, [None if x is None else x.grad for x in leaves]
+
+
+# (temperature, chunk_size, softcap, logit_scale): as most models have it, and each transform; V is no multiple of the chunk
+@pytest.mark.parametrize("transforms", [(1.0, 128, None, 1.0), (0.7, 128, None, 0.25), (1.3, 512, 5.0, 2.0)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("N", [1, 37])
+def test_outputs_and_gradients_are_trls(N, bias, transforms):
+    inputs = tensors(N, bias=bias)
+    (expected, grads), (found, our_grads) = (run(f, *inputs, *transforms) for f in (ORIGINAL, ours()))
+    for name in NAMES:
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-6, atol=2e-6)
+        assert found[name].requires_grad == expected[name].requires_grad == (name in ("logprob", "entropy"))
+    for grad, our_grad in zip(grads, our_grads, strict=True):
+        assert (grad is None) == (our_grad is None)
+        if grad is not None:
+            torch.testing.assert_close(our_grad, grad, rtol=1e-5, atol=1e-5)
+
+
+# With 16-bit inputs TRL's logits are rounded: each is held against fp64.
+@pytest.mark.parametrize("autocast", [False, True])
+def test_16_bit_inputs_are_nearer_to_the_truth(autocast):
+    hidden, weight, _, targets = tensors(64, torch.float32 if autocast else torch.bfloat16)
+    rounded = [x.to(torch.bfloat16) for x in (hidden, weight)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (theirs, their_grads), (found, our_grads) = (
+            run(f, hidden, weight, None, targets, 1.0, 128, None, 1.0) for f in (ORIGINAL, ours())
+        )
+    truth, grads = run(ours(backend="reference"), *(x.double() for x in rounded), None, targets, 1.0, 128, None, 1.0)
+
+    def error(value, exact):
+        return ((value.double() - exact.double()).norm() / exact.double().norm()).item()
+
+    for name in ("logprob", "entropy", "log_sum_sq_probs"):
+        assert found[name].dtype == torch.float32
+        assert error(found[name], truth[name]) <= 1e-6 < error(theirs[name], truth[name])
+    for our_grad, their_grad, grad in zip(our_grads[:2], their_grads[:2], grads[:2], strict=True):
+        assert our_grad.dtype == their_grad.dtype
+        assert error(our_grad, grad) <= error(their_grad, grad)
+
+
+def test_strided_inputs_and_partial_gradients():
+    _, _, bias, targets = tensors(23, bias=True)
+    generator = torch.Generator().manual_seed(2)
+    wide, tall = torch.randn(23, 2 * D, generator=generator), 0.3 * torch.randn(D, V, generator=generator)
+    for needs in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
+        inputs = (wide[:, ::2], tall.T, bias, targets, 1.0, 128, None, 1.0)
+        (expected, grads), (found, our_grads) = (run(f, *inputs, needs=needs) for f in (ORIGINAL, ours()))
+        torch.testing.assert_close(found["logprob"], expected["logprob"], rtol=2e-6, atol=2e-6)
+        for grad, our_grad in zip(grads, our_grads, strict=True):
+            assert (grad is None) == (our_grad is None)
+            if grad is not None:
+                torch.testing.assert_close(our_grad, grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "is_top1"), ("entropy", "mean_logits")])
+def test_only_what_is_asked_for(outputs):
+    inputs = (*tensors(5), 1.0, 128, None, 1.0)
+    expected, found = (run(f, *inputs, outputs=outputs)[0] for f in (ORIGINAL, ours()))
+    assert {n for n in NAMES if found[n] is None} == {n for n in NAMES if expected[n] is None}
+    with pytest.raises(ValueError, match=r"outputs: expected some of log_probs, .* got 'perplexity'"):
+        run(ours(), *inputs, outputs=("perplexity",))
+
+
+def test_fp64_inputs_come_back_in_fp32_as_trls():
+    inputs = (*tensors(5, torch.float64), 1.0, 128, None, 1.0)
+    expected, found = (run(f, *inputs)[0] for f in (ORIGINAL, ours()))
+    assert all(found[n].dtype == expected[n].dtype for n in NAMES)
+
+
+def test_equal_logits_are_the_one_difference_of_is_top1():
+    hidden, weight, _, _ = tensors(4)
+    weight[7] = weight[3] = 10 * hidden[0]
+    targets = torch.tensor([3, 7, 3, 7])
+    hidden = hidden[:1].expand(4, D)
+    theirs, found = (
+        run(f, hidden, weight, None, targets, 1.0, 128, None, 1.0)[0]["is_top1"] for f in (ORIGINAL, ours())
+    )
+    assert theirs.tolist() == [True, False, True, False]
+    assert found.tolist() == [True] * 4
+
+
+def test_a_head_partitioned_by_zero_3_raises():
+    hidden, weight, _, targets = tensors(4)
+    weight.ds_id = 0
+    with pytest.raises(NotImplementedError, match="weight: DeepSpeed ZeRO-3"):
+        ours().apply(hidden, weight, None, targets, 1.0, 128)
+
+
+def test_no_token_is_a_differentiable_nothing():
+    hidden, weight, _, targets = tensors(0)
+    found, grads = run(ours(), hidden, weight, None, targets, 1.0, 128, None, 1.0)
+    assert found["logprob"].shape == (0,)
+    assert not grads[1].any()
+
+
+def fused_model(**changes):
+    model = make_model(vocab_size=V, **changes)
+    trl_utils.add_fused_lm_head(model, temperature=0.9, outputs=("log_probs", *ALL))
+    return model
+
+
+def labels_of(generator):
+    """[3, 9]: a prompt of 3, padding behind a short row, and a row without any label."""
+    labels = torch.randint(0, V, (3, 9), generator=generator)
+    labels[:, :3] = labels[1, 6:] = labels[2] = -100
+    return labels
+
+
+# plain, and with what TRL reads from the configurations of Gemma 2 and Cohere
+@pytest.mark.parametrize("changes", [{}, {"final_logit_softcapping": 4.0, "logit_scale": 0.5}])
+def test_fused_head_of_a_model(changes):
+    generator = torch.Generator().manual_seed(1)
+    labels = labels_of(generator)
+    input_ids = torch.randint(0, V, labels.shape, generator=generator)
+    results = []
+    for patched in (False, True):
+        model = fused_model(**changes)
+        with patch_trl() if patched else nullcontext():
+            output = model(input_ids=input_ids, labels=labels, fused_lm_head=True)
+            (output.loss + output.entropy.square().sum()).backward()
+        results.append((output, {n: p.grad for n, p in model.named_parameters()}))
+    (expected, grads), (found, our_grads) = results
+    for name in ("loss", "log_probs", *ALL, "label_mask"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=2e-6)
+        if name != "loss":
+            assert not found[name][labels[:, 1:] == -100].any()
+    for name, grad in grads.items():
+        torch.testing.assert_close(our_grads[name], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_without_labels_has_zero_gradients():
+    model = fused_model()
+    with patch_trl():
+        output = model(
+            input_ids=torch.ones(2, 5, dtype=torch.long), labels=torch.full((2, 5), -100), fused_lm_head=True
+        )
+        output.loss.backward()
+    assert output.loss.item() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_only_tokens_with_a_label_are_projected(monkeypatch):
+    labels = labels_of(torch.Generator().manual_seed(1))
+    counts = []
+    with patch_trl():
+        function = trl_utils._ChunkedLogProbFunction
+        apply = function.apply
+        monkeypatch.setattr(function, "apply", lambda hidden, *rest: counts.append(len(hidden)) or apply(hidden, *rest))
+        fused_model()(input_ids=labels.clamp(min=0), labels=labels, fused_lm_head=True)
+        assert not trl_utils._use_triton(torch.device("meta"))
+    assert counts == [int((labels[:, 1:] != -100).sum())]
+
+
+def names_held():
+    return [
+        trl.kernels.ChunkedLogProbFunction,
+        chunked_logprob.ChunkedLogProbFunction,
+        trl_utils._ChunkedLogProbFunction,
+        trl_utils._use_triton,
+    ]
+
+
+def test_undo_restores_every_name():
+    before = names_held()
+    patch = patch_trl()
+    assert all(now is not then for now, then in zip(names_held(), before, strict=True))
+    patch.undo()
+    assert names_held() == before
+    with patch_trl():
+        pass
+    assert names_held() == before
+
+
+def test_a_second_patch_raises_and_the_first_stays():
+    with patch_trl():
+        held = names_held()
+        with pytest.raises(ValueError, match=r"ChunkedLogProbFunction: patched already"):
+            patch_trl(max_workspace_mb=10)
+        assert names_held() == held
+
+
+def test_a_version_that_was_not_tested(monkeypatch):
+    monkeypatch.setattr(patching, "version", lambda package: "1.17.0")
+    with pytest.raises(ImportError, match=r"trl: expected version 1\.16\.0, got 1\.17\.0; pass any_version=True"):
+        patch_trl()
+    patch_trl(any_version=True).undo()
+
+
+# settings that linear_logprob refuses, at the first forward
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"gradient": "fast"}, ValueError, "gradient: expected 'exact' or Routed"),
+        ({"backend": "abacus"}, (NoBackend, ValueError), "abacus"),
+        ({"max_workspace_mb": -1.0}, ValueError, "max_workspace_mb"),
+    ],
+)
+def test_settings_that_the_kernels_refuse(settings, error, message):
+    with patch_trl(**settings), pytest.raises(error, match=message):
+        fused_model()(
+            input_ids=torch.ones(1, 5, dtype=torch.long), labels=torch.ones(1, 5, dtype=torch.long), fused_lm_head=True
+        )
+
+
+# Routed: tolerance 0 is exact, with or without an order of the vocabulary; entropy is a number for the metrics.
+@pytest.mark.parametrize("ordered", [False, True])
+def test_routed_gradients(ordered):
+    hidden, weight, _, targets = tensors(37)
+    order = make_vocab_order(weight, hidden, 32) if ordered else None
+    routed = ours(gradient=Routed(tolerance=0.0, block=32), vocab_order=order)
+    results = []
+    for function in (ORIGINAL, routed):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        found = dict(zip(NAMES, function.apply(*leaves, None, targets, 1.0, 128), strict=True))
+        found["logprob"].square().sum().backward()
+        results.append((found, *(leaf.grad for leaf in leaves)))
+    (expected, *grads), (found, *our_grads) = results
+    for name in NAMES:
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-6, atol=2e-6)
+    for grad, our_grad in zip(grads, our_grads, strict=True):
+        torch.testing.assert_close(our_grad, grad, rtol=1e-5, atol=2e-5)
+
+
+def test_a_routed_gradient_of_the_entropy_raises():
+    hidden, weight, _, targets = tensors(5)
+    logprob, entropy, *_ = ours(gradient=Routed()).apply(hidden.requires_grad_(), weight, None, targets, 1.0, 128)
+    with pytest.raises(NotImplementedError, match="entropy: has no routed gradient"):
+        (logprob.sum() + 0.1 * entropy.sum()).backward()
+    with torch.no_grad():
+        _, entropy, *_ = ours(gradient=Routed()).apply(hidden, weight, None, targets, 1.0, 128)
+    assert not entropy.requires_grad
+
+
+def assert_same_run(expected, found, tolerance):
+    assert len(expected) == len(found)
+    for before, after in zip(expected, found, strict=True):
+        assert before.keys() == after.keys()
+        for name in before.keys() - {"step_time"}:
+            assert math.isclose(before[name], after[name], rel_tol=tolerance, abs_tol=tolerance), (name, before, after)
+
+
+def test_dpo_for_20_steps(tmp_path):
+    model = make_folder(tmp_path)
+    settings = {
+        "max_steps": 20,
+        "gradient_accumulation_steps": 2,
+        "eval_dataset": make_pairs(4, seed=1),
+        "eval_strategy": "steps",
+        "eval_steps": 10,
+    }
+    _, expected = train(tmp_path / "theirs", model, **settings)
+    with patch_trl():
+        _, found = train(tmp_path / "ours", model, **settings)
+    # sums of rounding errors over 20 steps of AdamW, which divides small gradients by their size
+    assert_same_run(expected, found, 1e-4)
+    assert expected[0]["loss"] != expected[19]["loss"]
+
+
+def test_dpo_in_bf16(tmp_path):
+    model = make_folder(tmp_path)
+    _, expected = train(tmp_path / "theirs", model, bf16=True)
+    with patch_trl():
+        _, found = train(tmp_path / "ours", model, bf16=True)
+    assert_same_run(expected, found, 0.05)  # what rounding the logits does to a margin
+    assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def prompts_only(pairs):
+    return pairs.select_columns(["prompt"])
+
+
+def chosen_only(pairs):
+    return pairs.remove_columns("rejected").rename_column("chosen", "completion")
+
+
+def labelled(pairs):
+    rows = [(p["prompt"], p[name], name == "chosen") for p in pairs for name in ("chosen", "rejected")]
+    return Dataset.from_list([{"prompt": prompt, "completion": text, "label": good} for prompt, text, good in rows])
+
+
+def reward(completions, **kwargs):
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+ONLINE = {
+    "reward_funcs": reward,
+    "num_generations": 2,
+    "max_completion_length": 8,
+    "per_device_train_batch_size": 4,
+    "beta": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "data", "settings"),
+    [
+        (KTOTrainer, KTOConfig, labelled, {}),
+        (SFTTrainer, SFTConfig, chosen_only, {}),
+        (GRPOTrainer, GRPOConfig, prompts_only, {**ONLINE, "entropy_coef": 0.05}),
+        (RLOOTrainer, RLOOConfig, prompts_only, ONLINE),
+    ],
+)
+def test_other_trainers(tmp_path, trainer, config, data, settings):
+    model, data = make_folder(tmp_path), data(make_pairs())
+    _, expected = train(tmp_path / "theirs", model, trainer, config, data, **settings)
+    with patch_trl():
+        _, found = train(tmp_path / "ours", model, trainer, config, data, **settings)
+    assert_same_run(expected, found, 2e-5)
+    assert any(step.get("grad_norm", 0) > 0 for step in found)
+
+
+def test_dpo_with_routed_gradients(tmp_path):
+    model = make_folder(tmp_path)
+    _, expected = train(tmp_path / "theirs", model)
+    with patch_trl(gradient=Routed(tolerance=0.0, block=32)):
+        _, found = train(tmp_path / "ours", model)
+    assert_same_run(expected, found, 2e-5)
+
+
+def test_grpo_with_an_entropy_bonus_cannot_be_routed(tmp_path):
+    model, settings = make_folder(tmp_path), {**ONLINE, "entropy_coef": 0.05}
+    with patch_trl(gradient=Routed()), pytest.raises(NotImplementedError, match="entropy: has no routed gradient"):
+        train(tmp_path / "run", model, GRPOTrainer, GRPOConfig, prompts_only(make_pairs()), **settings)
+
+
+def test_a_trainer_made_before_the_patch_runs_on_it(tmp_path, monkeypatch):
+    model = make_folder(tmp_path)
+    trainer, _ = train(tmp_path / "run", model, max_steps=1)
+    calls = []
+    with patch_trl():
+        function = trl_utils._ChunkedLogProbFunction
+        apply = function.apply
+        monkeypatch.setattr(function, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+        trainer.evaluate(make_pairs(2))
+    assert calls
