@@ -14,7 +14,7 @@ from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.objectives import BatchState, Objective, SequenceInputs, Weighting
 from isdaa_kernels.objectives.objective import keyword_defaults
 from isdaa_kernels.preference_loss import PreferenceLoss, dense_preference_loss, fused_preference_loss
-from isdaa_kernels.preference_terms import PreferenceTerms, check_preference
+from isdaa_kernels.preference_terms import PreferenceTerms, check_preference, check_sequences
 from isdaa_kernels.routing import Routed
 from isdaa_kernels.sequence_logprob import check_cu_seqlens, sequence_length, sequence_logprob, token_place
 from isdaa_kernels.vocab_order import VocabOrder
@@ -74,7 +74,7 @@ def linear_preference_loss(
     behaviour_logprob  like reference_logprob, under the policy that wrote the completions; default: the reference.
     token_weight       [N] or [1, N], a constant factor for the log-prob of each token in the sums of policy, reference and
                        behaviour (which then must be per token): segment labels of +1 and -1, masks, decays. Counts of
-                       tokens do not change.
+                       tokens do not change. An importance weight is that of the weighted sums.
     temperature, max_scored, gradient, vocab_order, max_workspace_mb, backend, validate    as in `linear_logprob`.
     the others         as in `preference_loss`.
 
@@ -86,8 +86,9 @@ def linear_preference_loss(
     """
     token_shape = _check_batch(hidden, targets, cu_seqlens, validate)
     S = cu_seqlens.numel() - 1
-    given = {"rewards": rewards, "opponents": opponents, "desirable": desirable, "mismatched": mismatched}
-    given |= {"token_weight": token_weight, "behaviour": behaviour_logprob}
+    by_sequence = {"rewards": rewards, "opponents": opponents, "desirable": desirable, "mismatched": mismatched}
+    check_sequences(S, hidden.device, **by_sequence)
+    given = {**by_sequence, "token_weight": token_weight, "behaviour": behaviour_logprob}
     given |= {"reference": reference_logprob if reference is None else reference}
     terms = check_preference(
         S,
@@ -106,7 +107,8 @@ def linear_preference_loss(
     _check_reference(reference_logprob, reference, token_shape)
     for name, logprob in (("reference_logprob", reference_logprob), ("behaviour_logprob", behaviour_logprob)):
         _check_logprob(name, logprob, token_shape, S, hidden.device)
-    _check_token_weight(terms, token_weight, token_shape, reference_logprob, behaviour_logprob)
+    _check_token_weight(token_weight, token_shape, hidden.device)
+    _check_by_token(terms, token_weight is not None, token_shape, reference_logprob, behaviour_logprob, by_sequence)
 
     kernel = {"temperature": temperature, "ignore_index": ignore_index, "max_scored": max_scored}
     kernel |= {"gradient": gradient, "vocab_order": vocab_order}
@@ -117,11 +119,13 @@ def linear_preference_loss(
     policy_N, log_sum_sq_prob_N = _evaluate(hidden, head, targets, kernel, "log_sum_sq_prob" in terms.needs)
     logprobs = _Logprobs(
         policy_N, reference_logprob, behaviour_logprob, log_sum_sq_prob_N, targets.reshape(-1), cu_seqlens, ignore_index
-    ).weigh_tokens(terms, token_weight)
+    )
+    logprobs = logprobs.with_kl_score() if "kl_score" in terms.needs else logprobs
+    logprobs = logprobs.weigh_tokens(terms, token_weight)
     fused = terms.fused(hidden.device, backend)
     if fused is not None:
         return logprobs.fused_loss(terms, fused)
-    return logprobs.dense_loss(terms, rewards=rewards, opponents=opponents, desirable=desirable, mismatched=mismatched)
+    return logprobs.dense_loss(terms, **by_sequence)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,13 @@ class _Logprobs:
     targets_N: Tensor
     cu_seqlens: Tensor
     ignore_index: int
+    kl_score_N: Tensor | None = None
+
+    def with_kl_score(self) -> "_Logprobs":
+        """The same with stopgrad(log policy - log reference) * log policy of each token."""
+        scored_N = self.targets_N != self.ignore_index
+        log_ratio_N = torch.where(scored_N, self.policy_N.detach() - self.reference.detach().reshape(-1), 0)
+        return replace(self, kl_score_N=log_ratio_N.double() * self.policy_N)
 
     def weigh_tokens(self, terms: PreferenceTerms, token_weight: Tensor | None) -> "_Logprobs":
         """The same with the caller's weights, then the objective's, in fp64."""
@@ -151,7 +162,8 @@ class _Logprobs:
     def _times(self, weight_N: Tensor, weigh_reference: bool) -> "_Logprobs":
         # 0 where nothing is scored: what a caller has there is not read
         weight_N = torch.where(self.targets_N != self.ignore_index, weight_N.double(), 0)
-        others = {"policy_N": self.policy_N * weight_N}
+        own = ("policy_N", "log_sum_sq_prob_N", "kl_score_N")
+        others = {name: getattr(self, name) * weight_N for name in own if getattr(self, name) is not None}
         if weigh_reference:
             for name in ("reference", "behaviour"):
                 logprob = getattr(self, name)
@@ -181,6 +193,10 @@ class _Logprobs:
         reference_S, behaviour_S = (
             None if logprob is None else self._sums(logprob, scored_N) for logprob in (self.reference, self.behaviour)
         )
+        log_sum_sq_prob_S, kl_score_S = (
+            None if value_N is None else sequence_logprob(value_N, self.cu_seqlens)
+            for value_N in (self.log_sum_sq_prob_N, self.kl_score_N)
+        )
         return dense_preference_loss(
             terms,
             SequenceInputs(
@@ -188,20 +204,11 @@ class _Logprobs:
                 reference_S,
                 sequence_length(scored_N, self.cu_seqlens),
                 behaviour_S,
-                log_sum_sq_prob=None
-                if self.log_sum_sq_prob_N is None
-                else sequence_logprob(self.log_sum_sq_prob_N, self.cu_seqlens),
-                kl_score=self._kl_score(scored_N) if "kl_score" in terms.needs else None,
+                log_sum_sq_prob=log_sum_sq_prob_S,
+                kl_score=kl_score_S,
                 **inputs,
             ),
         )
-
-    def _kl_score(self, scored_N: Tensor) -> Tensor:
-        """stopgrad(log policy - log reference) * log policy of each token, summed over its sequence."""
-        if not self._by_token(self.reference):
-            raise ValueError("reference_logprob: expected one a token for an objective that needs kl_score, got sums")
-        log_ratio_N = torch.where(scored_N, self.policy_N.detach() - self.reference.detach().reshape(-1), 0)
-        return sequence_logprob(log_ratio_N.double() * self.policy_N, self.cu_seqlens)
 
     def _by_token(self, logprob: Tensor) -> bool:
         return logprob.numel() == self.targets_N.numel()
@@ -247,24 +254,38 @@ def _check_reference(reference_logprob: Tensor | None, reference: tuple | None, 
         raise ValueError(f"reference: expected hidden {[*token_shape, 'D']}, got {list(reference[0].shape)}")
 
 
-def _check_token_weight(
+def _check_token_weight(token_weight: Tensor | None, token_shape: torch.Size, device: torch.device) -> None:
+    if token_weight is None:
+        return
+    if tuple(token_weight.shape) not in ((token_shape.numel(),), (1, token_shape.numel())):
+        raise ValueError(f"token_weight: expected [{token_shape.numel()}], got {list(token_weight.shape)}")
+    if not token_weight.is_floating_point() or token_weight.device != device:
+        got = f"{token_weight.dtype} on {token_weight.device}"
+        raise ValueError(f"token_weight: expected a floating dtype on {device}, got {got}")
+
+
+def _check_by_token(
     terms: PreferenceTerms,
-    token_weight: Tensor | None,
+    has_weight: bool,
     token_shape: torch.Size,
     reference_logprob: Tensor | None,
     behaviour_logprob: Tensor | None,
+    by_sequence: dict[str, Tensor | None],
 ) -> None:
-    if token_weight is not None:
-        if tuple(token_weight.shape) not in ((token_shape.numel(),), (1, token_shape.numel())):
-            raise ValueError(f"token_weight: expected [{token_shape.numel()}], got {list(token_weight.shape)}")
-        if not token_weight.is_floating_point():
-            raise ValueError(f"token_weight: expected a floating dtype, got {token_weight.dtype}")
-    weighs_all = terms.objective.token_weight is not None and terms.objective.weigh_reference
-    if token_weight is None and not weighs_all:
-        return
-    for name, logprob in (("reference_logprob", reference_logprob), ("behaviour_logprob", behaviour_logprob)):
-        if logprob is not None and logprob.numel() != token_shape.numel():
-            raise ValueError(f"{name}: expected one a token where tokens are weighted, got {list(logprob.shape)}")
+    """ValueError for sums where what is computed of tokens would need more."""
+    reference = ("reference_logprob", reference_logprob)
+    wanted = {}
+    if has_weight or (terms.objective.token_weight is not None and terms.objective.weigh_reference):
+        wanted = {"where tokens are weighted": [reference, ("behaviour_logprob", behaviour_logprob)]}
+        for name in ("opponents", "mismatched"):
+            if by_sequence[name] is not None:
+                raise ValueError(f"{name}: sums cannot be weighted by token, as the policy's are; expected None")
+    if "kl_score" in terms.needs:
+        wanted[f"for {terms.objective.name!r}"] = [reference]
+    for why, logprobs in wanted.items():
+        for name, logprob in logprobs:
+            if logprob is not None and logprob.numel() != token_shape.numel():
+                raise ValueError(f"{name}: expected one a token {why}, got {list(logprob.shape)}")
 
 
 def _check_logprob(name: str, logprob: Tensor | None, token_shape: torch.Size, S: int, device: torch.device) -> None:

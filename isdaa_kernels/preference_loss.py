@@ -13,7 +13,7 @@ from isdaa_kernels.objectives.batch import PairLogprob
 from isdaa_kernels.objectives.importance import PairWeight
 from isdaa_kernels.objectives.metrics import PAIR_METRICS, completion_metrics, group_metrics, pair_metrics
 from isdaa_kernels.ops import pair_loss_forward
-from isdaa_kernels.preference_terms import PreferenceTerms, check_preference, columns_of
+from isdaa_kernels.preference_terms import PreferenceTerms, check_preference, check_sequences, columns_of
 
 
 class PreferenceLoss(NamedTuple):
@@ -89,7 +89,9 @@ def preference_loss(
     inputs = SequenceInputs(
         policy, reference, lengths, behaviour, rewards, opponents, desirable, mismatched, log_sum_sq_prob, kl_score
     )
-    _check_inputs(inputs)
+    if policy.ndim != 1 or not policy.is_floating_point():
+        raise ValueError(f"policy: expected a floating tensor [S], got {policy.dtype} {list(policy.shape)}")
+    check_sequences(policy.numel(), policy.device, **{name: getattr(inputs, name) for name in sorted(inputs.given())})
     terms = check_preference(
         policy.numel(),
         policy.device,
@@ -161,10 +163,20 @@ def _mean_loss(
 ) -> tuple[Tensor, Tensor]:
     """(the loss, that of each item with its weight), over the items that are True in `counts`."""
     options = terms.options if terms.state is None else {**terms.options, **terms.state(batch)}
+
+    def keep(value: Tensor, fill: float = 1) -> Tensor:
+        # What an item that does not count has is taken out before it meets a 0 in the backward: others may depend on that item's loss.
+        return torch.where(counts, value, fill)
+
+    defaults = terms.objective.defaults
+    options = {
+        name: keep(value, defaults.get(name) or 0) if isinstance(value, Tensor) and value.ndim > 0 else value
+        for name, value in options.items()
+    }
     loss = terms.objective.loss(batch, options)
-    loss = loss if weight is None else weight * loss
+    loss = loss if weight is None else keep(weight) * loss
     if terms.sample_weight is not None:
-        loss = loss * terms.sample_weight.detach()
+        loss = loss * keep(terms.sample_weight.detach())
     loss = torch.where(counts, loss, 0)
     denominator = max(terms.size, 1) if terms.denominator is None else terms.denominator
     return (loss.sum() / denominator).reshape(()).float(), loss
@@ -175,25 +187,3 @@ def _weigh(importance: Weighting | None, pair: PairLogprob, nonempty_P: Tensor) 
         return importance.weigh(pair, nonempty_P)
     log_weight_P = torch.zeros_like(nonempty_P, dtype=torch.float64)
     return PairWeight(log_weight_P + 1, log_weight_P, torch.zeros_like(nonempty_P))
-
-
-def _check_inputs(inputs: SequenceInputs) -> None:
-    """ValueError unless all that is given has the policy's shape and device, and a dtype of its kind."""
-    policy = inputs.policy
-    if policy.ndim != 1 or not policy.is_floating_point():
-        raise ValueError(f"policy: expected a floating tensor [S], got {policy.dtype} {list(policy.shape)}")
-    for name in sorted(inputs.given()):
-        tensor, shape = getattr(inputs, name), list(policy.shape)
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name}: expected {shape}, got {tensor!r}")
-        if name == "opponents" and tensor.ndim == 2:
-            shape = [len(tensor), *shape]
-        if list(tensor.shape) != shape:
-            shape = ["H", *shape] if name == "opponents" else shape
-            raise ValueError(f"{name}: expected {shape}, got {list(tensor.shape)}")
-        if tensor.device != policy.device:
-            raise ValueError(f"{name}: expected on {policy.device}, got {tensor.device}")
-        if name == "desirable" and tensor.dtype != torch.bool:
-            raise ValueError(f"{name}: expected bool, got {tensor.dtype}")
-        if name not in ("lengths", "desirable", "rewards") and not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")

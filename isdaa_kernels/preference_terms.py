@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isdaa_kernels.objectives import BatchState, ImportanceWeight, Objective, Weighting, get_objective
 from isdaa_kernels.objectives.objective import NEEDS, keyword_defaults
+from isdaa_kernels.objectives.options import is_finite_number
 from isdaa_kernels.objectives.pairwise import dpo, ipo, ipo_mean, slic
 from isdaa_kernels.ops import pair_loss_backend
 from isdaa_kernels.pair_loss import BASES, MODES, PairLossNumbers
@@ -39,7 +40,9 @@ class PreferenceTerms:
     def fused(self, device: torch.device, backend: str | None = None) -> str | None:
         """Which kernels give this loss, as `pair_loss_backend` says; None where PyTorch does."""
         base = _base_of(self.objective)
-        if base is None or (self.importance is not None and type(self.importance) is not ImportanceWeight):
+        if base is None or self.state is not None:
+            return None
+        if self.importance is not None and type(self.importance) is not ImportanceWeight:
             return None
         settings = [x for x in (*self.options.values(), self.denominator) if isinstance(x, Tensor)]
         if any(x.requires_grad or x.device != device for x in settings):
@@ -118,8 +121,8 @@ def check_preference(
     importance = objective.resolve_importance(importance)
     given_options = options if beta is None else {"beta": beta, **options}
     options = objective.resolve_options(given_options)
-    _check_inputs(objective, importance, given, made)
-    _check_state(objective, state, given_options)
+    _check_needs(objective, importance, given, made, given_options)
+    _check_state(objective, state, given_options, options)
     rows, size = _rows(objective, pairs, groups, S, device)
     _check_token_options(objective, options)
     _check_per_item(objective.kind, size, device, sample_weight=sample_weight, **options)
@@ -128,17 +131,42 @@ def check_preference(
     return PreferenceTerms(size, objective, importance, options, rows, sample_weight, denominator, state)
 
 
-def _check_inputs(objective: Objective, importance: Weighting | None, given: Set[str], made: Set[str]) -> None:
+def check_sequences(S: int, device: torch.device, **tensors: Tensor | None) -> None:
+    """ValueError unless each tensor that is not None is [S] (opponents [H, S]) on `device`, with a dtype of its kind."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        shape = ["H", S] if name == "opponents" else [S]
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected {shape}, got {tensor!r}")
+        if tensor.ndim != len(shape) or tensor.shape[-1] != S or tensor.shape[0] == 0 < S:
+            raise ValueError(f"{name}: expected {shape}, got {list(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected on {device}, got {tensor.device}")
+        if name == "desirable" and tensor.dtype != torch.bool:
+            raise ValueError(f"{name}: expected bool, got {tensor.dtype}")
+        if name in ("lengths", "rewards") and (tensor.is_complex() or tensor.dtype == torch.bool):
+            raise ValueError(f"{name}: expected a real dtype, got {tensor.dtype}")
+        if name not in ("lengths", "desirable", "rewards") and not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+
+
+def _check_needs(
+    objective: Objective, importance: Weighting | None, given: Set[str], made: Set[str], options: Collection[str]
+) -> None:
     needs = needs_of(objective, importance)
+    spared = {need for option, need in objective.instead.items() if option in options}
     has = given | made | {"gold"} | ({"behaviour"} if "reference" in given else set())
     for name, meaning in NEEDS.items():
-        if name in needs - has:
+        if name in needs - spared - has:
             raise ValueError(f"{name}: expected {meaning} for {objective.name!r}, got None")
     for name in sorted(given - needs - _ALWAYS_USED):
         raise ValueError(f"{name}: {objective.name!r} would ignore it; expected None")
 
 
-def _check_state(objective: Objective, state: BatchState | None, options: Collection[str]) -> None:
+def _check_state(
+    objective: Objective, state: BatchState | None, given_options: Collection[str], options: Mapping[str, object]
+) -> None:
     if state is None:
         if objective.state_required:
             raise ValueError(f"state: expected a {objective.state.__name__} for {objective.name!r}, got None")
@@ -146,9 +174,14 @@ def _check_state(objective: Objective, state: BatchState | None, options: Collec
         raise ValueError(f"state: {objective.name!r} would ignore it; expected None")
     elif not isinstance(state, objective.state):
         raise ValueError(f"state: expected a {objective.state.__name__} for {objective.name!r}, got {state!r}")
-    for name in options:
-        if state is not None and name in state.gives:
+    if state is None:
+        return
+    for name in given_options:
+        if name in state.gives:
             raise ValueError(f"{objective.name}: {name}: the state gives it; expected None")
+    beta = options.get("beta")
+    if "beta" not in state.gives and is_finite_number(beta) and getattr(state, "beta", beta) != beta:
+        raise ValueError(f"state: expected one with the beta of the loss, {beta}, got {state.beta}")
 
 
 def _check_token_options(objective: Objective, options: Mapping[str, object]) -> None:
@@ -203,8 +236,14 @@ def _group_rows(objective: Objective, groups: int | Tensor | None, S: int, devic
 
 def _check_rows(name: str, rows: Tensor, shape: str, S: int, device: torch.device, least: int) -> None:
     """ValueError unless `rows` names rows of S sequences; values are read on the CPU only, elsewhere that waits."""
-    if rows.ndim != 2 or rows.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: expected int32 or int64 [{shape}], got {rows.dtype} {list(rows.shape)}")
+    if (
+        not isinstance(rows, Tensor)
+        or rows.ndim != 2
+        or rows.shape[1] == 0
+        or rows.dtype not in (torch.int32, torch.int64)
+    ):
+        got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else repr(rows)
+        raise ValueError(f"{name}: expected int32 or int64 [{shape}], got {got}")
     if rows.device != device:
         raise ValueError(f"{name}: expected on {device}, got {rows.device}")
     if device.type == "cpu" and not torch.compiler.is_compiling() and ((rows < least) | (rows >= S)).any():
@@ -220,6 +259,8 @@ def _check_per_item(kind: str, size: int, device: torch.device, **values: object
             raise ValueError(f"{name}: expected a tensor [{size}], got {value!r}")
         if value.shape != (size,) and not (is_option and value.ndim == 0):
             raise ValueError(f"{name}: expected [{size}], one value a {kind}, got {list(value.shape)}")
+        if value.is_complex():
+            raise ValueError(f"{name}: expected a real dtype, got {value.dtype}")
         if value.device != device:
             raise ValueError(f"{name}: expected on {device}, got {value.device}")
 
@@ -228,5 +269,5 @@ def _check_denominator(denominator: float | Tensor | None) -> None:
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator: expected a scalar, got {list(denominator.shape)}")
-    elif denominator is not None and not denominator > 0:
+    elif denominator is not None and not (is_finite_number(denominator) and denominator > 0):
         raise ValueError(f"denominator: expected a number above 0, got {denominator!r}")

@@ -129,6 +129,13 @@ ROWS = [
         {"beta": 1 / 0.6, "adaptation": 0.25},
         three(0.45, (0.0, 0.0, 0.0), reference=(-1.0, -2.0, -3.0), behaviour=REFERENCE),
     ),
+    # softmax(-1/2, 0, 1/2)
+    Golden(
+        "adpo_on_policy",
+        *cross_entropy(tuple(exp(x) / (exp(-0.5) + 1 + exp(0.5)) for x in (-0.5, 0, 0.5)), 1 / 0.8),
+        {"reward_temperature": 2.0},
+        three(0.8, (1.0, 2.0, 3.0), reference=None, behaviour=REFERENCE),
+    ),
     # sum_i t_i log(t_i / p_i): log 3 / 2 + log(3 / 4) / 4 + log(1 / 2) / 4
     Golden(
         "brain", log(3) / 2 + log(0.75) / 4 + log(0.5) / 4, (1 / 6 - 1 / 2, 1 / 12, 1 / 4), inputs=three(1, LOG_211)

@@ -83,6 +83,7 @@ ROWS = [
     logistic("flex_dpo", 0.05, 0.1, 0.0, options={"rejected_beta": 0.0}),
     logistic("odpo", 0.15, 0.1),
     logistic("odpo", -0.85, 0.1, options={"margin": 1.0}),
+    logistic("odpo", 2.5, 2.0, options={"beta": 2.0, "margin": 0.5}),
     # two pairs alike with margins of their own: the mean of two losses
     Golden(
         "odpo",
@@ -94,20 +95,24 @@ ROWS = [
     # 0.15 / 0.5; (0.15 - 0.4) / 0.8
     logistic("modpo", 0.3, 0.2),
     logistic("modpo", -0.3125, 0.125, options={"margin": 0.4, "objective_weight": 0.8}),
+    logistic("modpo", 1.0, 0.8, options={"beta": 0.4, "margin": 0.1}),
     # either side of the kink: 1 - 0.3; 1 - 3; 1 - (1.5 - 1.4) / 0.5
     Golden("modpo_hinge", 0.7, (-0.2, 0.2)),
     Golden("modpo_hinge", 0.0, (0.0, 0.0), {"beta": 1.0}),
+    Golden("modpo_hinge", 0.4, (-0.4, 0.4), {"objective_weight": 0.25}),
     Golden("modpo_hinge", 0.8, (-2.0, 2.0), {"beta": 1.0, "margin": 1.4}),
     # tau inside its bounds, on the lower one, on the upper one, and at a fixed 1, which is dpo and a constant
     adaptive(0.15, 0.1, scale_of_authors(0.15)),
     adaptive(-0.5, 1.0, scale_of_authors(-0.5), options={"beta": 1.0}, inputs=REJECTED_ROSE),
     adaptive(0.015, 0.01, 0.1, options={"beta": 0.01}),
     adaptive(15.0, 10.0, 5.0, options={"beta": 10.0}),
+    adaptive(15.0, 10.0, 2.0, options={"beta": 10.0, "scale_ceiling": 2.0}),
     adaptive(0.15, 0.1, 1.0, 0.6, options={"scale_floor": 1.0, "scale_ceiling": 1.0, "scale_penalty": 0.6}),
     # labels 1, 0.9, 1/4 (turned round) and 1/2 (nothing to learn)
     logistic("gdpo", 0.15, 0.1),
     logistic("gdpo", 0.12, 0.08, options={"preference": 0.9}),
     logistic("gdpo", -0.075, -0.05, options={"preference": 0.25}),
+    logistic("gdpo", 0.3, 0.2, options={"preference": 0.75, "beta": 0.4}),
     Golden("gdpo", log(2), (0.0, 0.0), {"preference": 0.5, "beta": 3.0}),
     # equal rewards: weight 1. k = (2 - 1) / (1 - 1/2) = 2. Gap 2 + log 2: c = 0.5 + 1.5 / (1 + 2 * 2) = 0.8.
     logistic("madpo", 0.15, 0.1),

@@ -12,8 +12,6 @@ from isdaa_kernels.preference_terms import needs_of
 STANDARD = {"policy": (-12.0, -9.25), "reference": (-12.5, -8.25), "lengths": (5, 4)}
 
 
-# Their loss of an item depends on the others of the batch.
-LOOK_AT_THE_BATCH = {"aot", "aot_unpaired", "kto", "kto_pair", "sft", "sft_gold", "mpo"}
 # Pairwise objectives of policy, reference, behaviour and lengths, each pair by itself.
 PLAIN = [
     name
@@ -22,7 +20,7 @@ PLAIN = [
     and needs_of(objective, objective.importance) <= {"reference", "behaviour", "lengths"}
     and objective.token_weight is None
     and not objective.state_required
-    and name.removeprefix("is_") not in LOOK_AT_THE_BATCH
+    and not objective.whole_batch
 ]
 
 

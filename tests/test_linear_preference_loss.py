@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from isdaa_kernels.linear_logprob import linear_logprob_stats
 from isdaa_kernels.linear_preference_loss import linear_preference_loss
 from isdaa_kernels.lm_head import LMHead
-from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective
+from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective, SelfWeight
 from isdaa_kernels.preference_loss import preference_loss
 from isdaa_kernels.preference_terms import needs_of
 from isdaa_kernels.sequence_logprob import sequence_logprob, token_place
@@ -245,6 +245,45 @@ def test_token_weights(backend, objective):
         torch.testing.assert_close(mine, dense, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["wpo", "is_dpo"])
+def test_a_mask_of_token_weights_is_as_if_nothing_were_scored_there(objective):
+    """But for the counts of tokens, which stay."""
+    batch = make_batch()
+    mask = (torch.arange(N) % 3 > 0).double()
+    fewer = batch.targets.where(mask > 0, -100)
+    reference_N = dense_logprob(*batch.reference, batch.targets)
+    common = {"objective": objective, "backend": "cpu"}
+    importance = None if objective == "is_dpo" else SelfWeight(cap=None)
+    arguments = (batch.hidden, batch.weight)
+    weighted = linear_preference_loss(
+        *arguments, batch.targets, CU_SEQLENS, reference_logprob=reference_N[None], token_weight=mask, importance=importance, **common
+    )  # fmt: skip
+    unscored = linear_preference_loss(
+        *arguments, fewer, CU_SEQLENS, reference_logprob=reference_N[None], importance=importance, **common
+    )
+    names = ("margin/mean", "log_weight/mean") if objective == "is_dpo" else ("margin/mean",)
+    for name in names:
+        torch.testing.assert_close(weighted.metrics[name], unscored.metrics[name])
+    if objective == "wpo":  # sums of a completion over its whole length
+        log_p = (batch.hidden @ batch.weight.T).log_softmax(-1)
+        own = dense_logprob(*arguments, batch.targets) - (2 * log_p).logsumexp(-1).where(batch.targets >= 0, 0)
+        mean_S = dense_sums(own * mask) / lengths(batch.targets).clamp(min=1)
+        expected = (mean_S[[0, 2]] + mean_S[[3, 5]]).mean().float()
+        torch.testing.assert_close(weighted.metrics["log_weight/mean"], expected)
+
+
+def test_token_weights_enter_the_score_of_nash_md_once():
+    batch = make_batch()
+    reference_N = dense_logprob(*batch.reference, batch.targets)[None]
+    common = {"objective": "nash_md", "backend": "reference", "reference_logprob": reference_N}
+    arguments = (batch.hidden, batch.weight, batch.targets, CU_SEQLENS)
+    whole = linear_preference_loss(*arguments, preference=0.5, **common)
+    half = linear_preference_loss(*arguments, preference=0.5, token_weight=torch.full((N,), 0.5), **common)
+    torch.testing.assert_close(2 * half.loss, whole.loss)
+    (grad,), (expected,) = grads(half.loss, batch.hidden), grads(whole.loss, batch.hidden)
+    torch.testing.assert_close(2 * grad, expected)
+
+
 def test_where_tokens_stand():
     scored = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
     cu_seqlens = torch.tensor([0, 4, 8, 8, 12])  # 3, 3, 0 and 2 scored tokens
@@ -465,10 +504,27 @@ PER_TOKEN = torch.zeros(N)
         ({"denominator": 0.0}, "denominator: expected a number above 0, got 0.0"),
         ({"pairs": torch.tensor([[0, 6]])}, r"pairs: expected rows in 0..5, got \[\[0, 6\]\]"),
         ({"token_weight": PER_TOKEN[:5]}, r"token_weight: expected \[41\], got \[5\]"),
-        ({"token_weight": PER_TOKEN.long()}, "token_weight: expected a floating dtype, got torch.int64"),
+        ({"token_weight": PER_TOKEN.long()}, "token_weight: expected a floating dtype on cpu, got torch.int64"),
         (
             {"token_weight": PER_TOKEN, "reference_logprob": torch.zeros(6)},
             r"reference_logprob: expected one a token where tokens are weighted, got \[6\]",
+        ),
+        ({"objective": "dpo_rw", "groups": 2, "rewards": torch.zeros(10)}, r"rewards: expected \[6\], got \[10\]"),
+        (
+            {"objective": "kto", "desirable": [True] * 6, "mismatched": torch.zeros(6)},
+            r"desirable: expected \[6\], got",
+        ),
+        (
+            {"objective": "inpo", "opponents": torch.zeros(1, 6), "token_weight": PER_TOKEN},
+            "opponents: sums cannot be weighted by token",
+        ),
+        (
+            {"objective": "nash_md", "reference_logprob": torch.zeros(6)},
+            r"reference_logprob: expected one a token for 'nash_md', got \[6\]",
+        ),
+        (
+            {"token_weight": PER_TOKEN.to("meta")},
+            "token_weight: expected a floating dtype on cpu, got torch.float32 on meta",
         ),
         ({"backend": "fpga"}, "backend: expected one of .*, got 'fpga'"),
     ],

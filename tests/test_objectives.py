@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from objective_cases import LOOK_AT_THE_BATCH, STANDARD, Golden, sample
+from objective_cases import STANDARD, Golden, sample
 
 from isdaa_kernels.linear_preference_loss import linear_preference_loss
 from isdaa_kernels.objectives import (
@@ -26,8 +26,11 @@ from isdaa_kernels.objectives import (
     SequenceInputs,
     get_objective,
     importance_sampled,
+    token_weighted,
+    weighted_sum,
 )
-from isdaa_kernels.objectives.objective import KINDS, NEEDS
+from isdaa_kernels.objectives.objective import KINDS, NEEDS, keyword_defaults
+from isdaa_kernels.objectives.tokens import tail_weight
 from isdaa_kernels.preference_loss import preference_loss
 from isdaa_kernels.preference_terms import columns_of, needs_of
 
@@ -107,6 +110,31 @@ def test_every_objective_has_golden_rows_at_its_defaults_and_with_options():
             assert any(row.options for row in rows) or len(rows) > 1, f"{name}: one golden row alone"
 
 
+def options_in_sums() -> list[tuple[str, str]]:
+    """(objective, option), but for what weighs tokens and what a state gives, of which sums or options show nothing."""
+    found = []
+    for name, objective in BASES.items():
+        of_tokens = () if objective.token_weight is None else keyword_defaults(objective.token_weight)
+        given = objective.state.gives if objective.state_required else ()
+        found += [(name, option) for option in objective.defaults if option not in (*of_tokens, *given)]
+    return found
+
+
+@pytest.mark.parametrize(("name", "option"), options_in_sums())
+def test_golden_rows_see_every_option(name, option):
+    """One row at least changes when the option is put back to its default; of those that share a formula, a row of any."""
+    objective, seen = BASES[name], []
+    alike = {other for other, it in BASES.items() if it.function is objective.function}
+    for row in (row for row in GOLDEN if row.objective in alike and option in row.options):
+        own, options = BASES[row.objective], row.arguments()
+        options.pop("objective")
+        loss, grad = run(own, row.tensors(), **options)
+        default = {option: own.defaults[option]} if own.defaults[option] is not None else {}
+        other, other_grad = run(own, row.tensors(), **{n: v for n, v in options.items() if n != option}, **default)
+        seen.append(not torch.allclose(loss, other, rtol=1e-6) or not torch.allclose(grad, other_grad, rtol=1e-6))
+    assert any(seen), f"{name}: no golden row sees {option}"
+
+
 # ---- Rules of the registry
 
 
@@ -143,7 +171,7 @@ def test_an_objective_is_at_most_fifteen_lines(name):
     assert body_lines(BASES[name].function) <= 15
 
 
-@pytest.mark.parametrize("name", [name for name, objective in PAIRWISE.items() if not objective.importance_weighted])
+@pytest.mark.parametrize("name", [name for name, objective in PAIRWISE.items() if objective.has_importance_ratio])
 def test_importance_sampled_keeps_the_formula_of_its_base(name):
     base, weighted = OBJECTIVES[name], OBJECTIVES[f"is_{name}"]
     assert weighted == importance_sampled(base)
@@ -208,10 +236,10 @@ def test_log_ratios_beyond_all_bounds_leave_loss_and_gradient_finite(name):
     for chosen in EXTREMES:
         for rejected in EXTREMES:
             arguments = sample(objective, items=2)
-            S = arguments["policy"].numel()
-            # of each pair the two that count; of gold, of a group's others: as sampled
+            # of each pair the two that are compared, of each group the first two, of single completions every other one
             log_ratio = arguments["policy"] - arguments["reference"]
-            log_ratio[: S // 2], log_ratio[S // 2 :] = chosen, rejected
+            sides = log_ratio.view(columns_of(objective), 2) if objective.kind == "pair" else log_ratio.view(-1, 2).T
+            sides[0], sides[1] = chosen, rejected
             arguments = sample(objective, items=2, log_ratio=log_ratio)
             loss, grad = run(objective, arguments)
             assert loss.isfinite(), (chosen, rejected)
@@ -337,7 +365,7 @@ def test_ipo_mean_equals_ipo_at_length_one():
         if "beta" in objective.defaults
         and objective.kind != "group"
         and not objective.state_required
-        and name not in LOOK_AT_THE_BATCH
+        and not objective.whole_batch
     ],
 )
 def test_an_option_may_hold_one_value_an_item(name):
@@ -362,6 +390,51 @@ def test_only_what_divides_by_length_needs_lengths():
         without, _ = run(OBJECTIVES[name], {**standard, "lengths": None})
         assert without == run(OBJECTIVES[name], standard)[0]
     assert "lengths" in OBJECTIVES["ipo_mean"].needs
+
+
+def test_what_is_no_ratio_of_probabilities_has_no_importance_weight():
+    for name in ("ld_dpo_policy", "segment_dpo", "wpo", "kto", "exo_rw"):
+        assert f"is_{name}" not in OBJECTIVES
+        with pytest.raises(ValueError, match="base: expected a pairwise objective of sums of log-probs"):
+            importance_sampled(OBJECTIVES[name])
+    assert "is_ld_dpo" in OBJECTIVES
+
+
+@pytest.mark.parametrize("name", ["tpo", "kto", "exo_rw", "ld_dpo"])
+def test_tokens_are_weighted_in_pairs_of_two(name):
+    with pytest.raises(ValueError, match="base: expected a pairwise objective of two completions"):
+        token_weighted(OBJECTIVES[name], "own", tail_weight)
+
+
+def test_a_state_is_made_from_options_and_settings():
+    state = OBJECTIVES["beta_dpo"].make_state(beta=0.3, strength=0.9)
+    assert (state.beta, state.strength) == (0.3, 0.9)
+    assert OBJECTIVES["bco"].make_state().beta == 0.01
+    assert OBJECTIVES["dpo"].make_state() is None
+    with pytest.raises(ValueError, match="bco: unknown option 'strength'"):
+        OBJECTIVES["bco"].make_state(strength=1.0)
+    mixed = weighted_sum("mixed", {"dpo": 0.8, "bco": 0.2})
+    with pytest.raises(ValueError, match="mixed: beta: its parts have their own"):
+        mixed.make_state()
+    assert mixed.make_state(beta=0.2).beta == 0.2
+    with pytest.raises(ValueError, match="the state of beta_dpo gives an option of ipo, too"):
+        weighted_sum("mixed", {"beta_dpo": 0.5, "ipo": 0.5})
+
+
+def test_a_number_for_the_divergence_spares_the_mismatched_completions():
+    arguments = sample(OBJECTIVES["kto"])
+    expected, _ = run(OBJECTIVES["kto"], arguments, kl=0.25)
+    found, _ = run(OBJECTIVES["kto"], {**arguments, "mismatched": None}, kl=0.25)
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["exo_rw", "dpo_rw", "adpo", "brain", "plackett_luce", "lipo", "rank_dpo"])
+def test_a_nan_reward_reaches_the_loss(name):
+    arguments = sample(OBJECTIVES[name])
+    arguments["rewards"][1] = math.nan
+    loss, grad = run(OBJECTIVES[name], arguments)
+    assert loss.isnan()
+    assert grad[4:].isfinite().all()
 
 
 # ---- Objectives of the caller's own, and bad input

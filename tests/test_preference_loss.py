@@ -1,13 +1,15 @@
 """preference_loss: layout, reduction, empties, metrics, robustness, bad input. Letters: S sequences, P pairs."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from objective_cases import PLAIN
 from pair_loss_cases import FUSED
 
-from isdaa_kernels.objectives import BatchState, ImportanceWeight
+from isdaa_kernels.objectives import OBJECTIVES, BatchState, ImportanceWeight
+from isdaa_kernels.objectives.unpaired_state import RewardMean
 from isdaa_kernels.preference_loss import preference_loss
 
 A = torch.tensor([0.5, -3.0, 2.0, 0.25])  # log-ratios of the chosen completions
@@ -145,6 +147,73 @@ def test_an_empty_completion_takes_its_pair_out(name, rubbish):
     torch.testing.assert_close(metrics, expected[1])
 
 
+def test_an_empty_pair_does_not_reach_the_others_through_a_whole_batch_formula():
+    """Neither by a weight beyond all bounds nor by what a caller has in its place."""
+    policy = torch.tensor([1.0, 1, 1, -1600, -1600, -1600], dtype=torch.float64)
+    lengths = torch.tensor([3, 0, 3, 3, 3, 3])
+    nan = torch.tensor([0.3, math.nan, 0.3], dtype=torch.float64)
+    for more in ({"importance": ImportanceWeight(normalize=True)}, {"sample_weight": nan}, {"beta": nan}):
+        _, _, grad = run(policy, torch.zeros(6), objective="is_kto_pair", lengths=lengths, **more)
+        assert grad.isfinite().all(), more
+        assert grad[[1, 4]].tolist() == [0, 0]
+
+
+def test_a_state_is_asked_even_where_the_formula_has_a_kernel():
+    class Five(BatchState):
+        gives = frozenset({"beta"})
+
+        def forward(self, batch):
+            return {"beta": torch.tensor(5.0)}
+
+    stateful = replace(OBJECTIVES["dpo"], name="own", state=Five, state_required=True)
+    loss, _, _ = run(objective=stateful, state=Five())
+    assert loss == run(objective="dpo", beta=5.0)[0]
+    with pytest.raises(ValueError, match="own: beta: the state gives it"):
+        run(objective=stateful, state=Five(), beta=1.0)
+
+
+def test_loss_and_state_have_one_beta():
+    run(objective="bco", beta=0.1, state=RewardMean(0.1))
+    with pytest.raises(ValueError, match=r"state: expected one with the beta of the loss, 0.1, got 0.01"):
+        run(objective="bco", beta=0.1, state=RewardMean(0.01))
+
+
+def test_a_state_keeps_its_dtype_when_a_model_changes_its_own():
+    state = RewardMean(0.1)
+    model = torch.nn.ModuleDict({"state": state, "layer": torch.nn.Linear(2, 2)}).to(torch.bfloat16)
+    assert model["layer"].weight.dtype == torch.bfloat16
+    assert state.mean.dtype == torch.float64
+    assert state.to("meta").mean.device.type == "meta"
+
+
+def test_metrics_of_completions():
+    desirable = torch.tensor([True, True, True, True, False, False, False, False])
+    _, metrics, _ = run(objective="bco_unpaired", desirable=desirable, lengths=torch.tensor([5, 7, 2, 0, 4, 9, 2, 6]))
+    expected = {
+        "log_ratio/mean": (0.5 - 3 + 2 - 1 + 1 + 1.5 - 0.75) / 7,
+        "desirable/mean": (0.5 - 3 + 2) / 3,
+        "undesirable/mean": (-1 + 1 + 1.5 - 0.75) / 4,
+        "kl/mean": -(0.5 - 3 + 2 - 1 + 1 + 1.5 - 0.75) / 7,
+        "empty_completions/count": 1,
+    }
+    assert metrics.keys() == {"loss/mean", *expected}
+    assert {name: metrics[name].item() for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_of_groups():
+    """The most likely completion has the largest reward in the first group, ties in the second; the third has one completion alone."""
+    groups = torch.tensor([[0, 1, 2], [3, 4, -1], [5, 6, 7]])
+    reference = torch.zeros(8)
+    policy = torch.tensor([1.0, 3.0, 2.0, 0.5, 0.5, 1.0, 2.0, 3.0])
+    lengths = torch.tensor([1, 1, 1, 1, 1, 1, 0, 0])
+    rewards = torch.tensor([0.0, 1.0, 1.0, 2.0, 1.0, 0.0, 0.0, 0.0])
+    loss, metrics, grad = run(policy, reference, objective="dpo_rw", groups=groups, rewards=rewards, lengths=lengths)
+    expected = {"log_ratio/mean": (2 + 0.5) / 2, "accuracy/frac": 0.5, "kl/mean": -1.25, "empty_groups/count": 1}
+    assert {name: metrics[name].item() for name in expected} == pytest.approx(expected)
+    assert metrics["loss/mean"].item() == pytest.approx(loss.item() * 3 / 2)
+    assert grad[5:].tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("options", [{}, {"normalize": True}, {"length_exponent": 1.0, "detach": False}], ids=str)
 def test_all_pairs_empty(options):
     loss, metrics, grad = run(importance=ImportanceWeight(**options), lengths=torch.zeros(8))
@@ -183,7 +252,7 @@ def test_a_nan_stays_in_its_pair(name):
 @pytest.mark.parametrize("a", [-1e4, 0.0, 1e4])
 @pytest.mark.parametrize("b", [-1e4, 0.0, 1e4])
 @pytest.mark.parametrize("mode", ["joint", "per_completion"])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", FUSED)
 def test_extreme_log_ratios_stay_finite(name, a, b, mode):
     importance = ImportanceWeight(mode=mode) if name.startswith("is_") else None
     log_ratio, lengths = torch.tensor([a, b]), torch.tensor([3, 2])
@@ -324,6 +393,17 @@ def test_fullgraph_compile_with_the_default_backend():
         ({"sample_weight": torch.ones(8)}, r"sample_weight: expected \[4\], one value a pair, got \[8\]"),
         ({"sample_weight": torch.ones(())}, r"sample_weight: expected \[4\], one value a pair, got \[\]"),
         ({"sample_weight": 2.0}, r"sample_weight: expected a tensor \[4\], got 2.0"),
+        ({"sample_weight": torch.ones(4, dtype=torch.complex64)}, "sample_weight: expected a real dtype, got torch.c"),
+        ({"lengths": LENGTHS.cfloat()}, "lengths: expected a real dtype, got torch.complex64"),
+        ({"denominator": math.inf}, "denominator: expected a number above 0, got inf"),
+        ({"denominator": "a"}, "denominator: expected a number above 0, got 'a'"),
+        ({"pairs": [[0, 1]]}, r"pairs: expected int32 or int64 \[P, 2\], got \[\[0, 1\]\]"),
+        ({"objective": "inpo", "opponents": torch.zeros(0, 8)}, r"opponents: expected \['H', 8\], got \[0, 8\]"),
+        ({"objective": "inpo", "opponents": REFERENCE}, r"opponents: expected \['H', 8\], got \[8\]"),
+        (
+            {"objective": "mnpo", "opponents": REFERENCE[None], "opponent_weights": torch.ones(4)},
+            "mnpo: opponent_weights: expected a tuple of numbers",
+        ),
         ({"groups": 2}, "groups: 'is_dpo' is a loss of a pair; expected None"),
         ({"rewards": REFERENCE}, "rewards: 'is_dpo' would ignore it; expected None"),
         ({"state": BatchState()}, "state: 'is_dpo' would ignore it; expected None"),

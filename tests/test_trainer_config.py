@@ -79,6 +79,10 @@ def test_every_field_is_a_flag_with_its_default_in_the_help():
         ({"objective": "simpo", "objective_options": "margin=x"}, "expected name=number,name=number, got 'margin=x'"),
         ({"objective": "simpo", "objective_options": "margin=1,margin=2"}, "objective_options: margin is given twice"),
         ({"beta": 1.0, "objective_options": "beta=2"}, "objective_options: beta is given twice"),
+        ({"objective": "bco", "objective_options": "baseline=0.5"}, "bco: baseline: RewardMean gives it"),
+        ({"objective": "beta_dpo", "objective_options": "keep=0.5"}, "beta_dpo: keep: BetaState gives it"),
+        ({"objective": "beta_dpo", "objective_options": "gamma=1"}, "beta_dpo: unknown option 'gamma'"),
+        ({"objective": "beta_dpo", "objective_options": "decay=2"}, "BetaState: decay: expected a number in [0, 1)"),
         ({"objective": "sft", "beta": 0.1}, "sft: unknown option 'beta'"),
         ({"epsilon": -1.0}, "epsilon"),
         ({"importance_floor": 2.0}, "floor"),
@@ -119,8 +123,10 @@ def test_options_of_the_objective_and_what_it_keeps():
     assert config.objective_state() is None
     assert Config(**REQUIRED, objective="bco", beta=0.3).objective_state().beta == 0.3
     assert Config(**REQUIRED, objective="bco").objective_state().beta == 0.01
-    beta_dpo = Config(**REQUIRED, objective="beta_dpo", beta=0.3)  # beta is the state's to give
-    assert beta_dpo.objective_state().beta == 0.3
+    options = {"beta": 0.3, "objective_options": "strength=0.9", "seed": 7}
+    beta_dpo = Config(**REQUIRED, objective="beta_dpo", **options)  # beta is the state's to give
+    state = beta_dpo.objective_state()
+    assert (state.beta, state.strength, state.seed) == (0.3, 0.9, 7)
     assert beta_dpo.preference_settings() == {"objective": "beta_dpo", "importance": None}
 
 

@@ -99,7 +99,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(config, monkeypatc
 @pytest.mark.parametrize("objective", ["bco", "beta_dpo"])
 def test_what_an_objective_keeps_survives_a_stop(config, monkeypatch, objective):
     """A mean over all steps, and draws of pairs: an evaluation moves neither."""
-    config = dataclasses.replace(config, objective=objective, beta=0.2, eval_every=2)
+    config = dataclasses.replace(config, objective=objective, beta=0.2, eval_every=2, max_tokens_per_micro_batch=1000)
     whole = dataclasses.replace(config, out=config.out + "-whole", eval_every=3)
     Trainer(whole).train()
     trainer = Trainer(config)
@@ -212,9 +212,11 @@ def test_other_objectives_and_options_train(config):
         assert [line["step"] for line in lines(run)] == [1, 2, 3]
 
 
-def test_normalised_weights_need_the_step_in_one_micro_batch(config):
-    with pytest.raises(ValueError, match=r"importance_normalize: the .* tokens of step 1 must fit one micro-batch"):
-        Trainer(dataclasses.replace(config, importance_normalize=True))
+def test_what_looks_at_all_pairs_needs_the_step_in_one_micro_batch(config):
+    for changes in ({"importance_normalize": True}, {"objective": "sft"}, {"objective": "is_aot"}):
+        why = "importance_normalize" if len(changes) == 1 and "objective" not in changes else "objective = "
+        with pytest.raises(ValueError, match=rf"{why}.*: the .* tokens of step 1 must fit one micro-batch"):
+            Trainer(dataclasses.replace(config, **changes))
 
 
 def test_learning_rate(config):

@@ -4,7 +4,6 @@ Letters: S completions of a micro-batch, all chosen ones first, T tokens of a pa
 """
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,17 +76,12 @@ class ISDPOConfig(DPOConfig):
     def objective_settings(self) -> dict[str, Any]:
         """What is to be computed, as keyword arguments of `preference_loss`."""
         objective = _check_objective(self.objective)
-        made = frozenset() if objective.state is None else objective.state.gives
-        options = {n: value for n, value in self._options().items() if n in objective.defaults and n not in made}
+        options = objective.call_options(**self._options())
         return {"objective": self.objective, "importance": self._importance(objective), **options}
 
     def objective_state(self) -> BatchState | None:
         """What the objective keeps from batch to batch, as it is before the first; None where it keeps nothing."""
-        objective = OBJECTIVES[self.objective]
-        if objective.state is None:
-            return None
-        options, known = {**objective.defaults, **self._options()}, _state_settings(objective)
-        return objective.state(**{name: value for name, value in options.items() if name in known})
+        return OBJECTIVES[self.objective].make_state(**self._options())
 
     def metric_beta(self) -> float:
         """By what TRL multiplies log-ratios in its `rewards/` metrics: beta, or DPOConfig's default for an objective without one."""
@@ -95,20 +89,13 @@ class ISDPOConfig(DPOConfig):
         return OBJECTIVES[self.objective].defaults.get("beta", default) if self.beta is None else self.beta
 
     def _options(self) -> dict[str, Any]:
-        """The options of the objective and its state that were asked for, checked."""
+        """The options of the objective and settings of its state that were asked for."""
         given = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         given = {name: value for name, value in given.items() if value is not None}
         for name, value in (self.objective_options or {}).items():
             if name in given or name == "beta":
                 raise ValueError(f"objective_options: {name}: expected in the setting of that name")
             given[name] = value
-        objective = OBJECTIVES[self.objective]
-        of_state = _state_settings(objective)
-        for name in given:
-            if objective.state is not None and name in objective.state.gives - of_state:
-                raise ValueError(f"{self.objective}: {name}: {objective.state.__name__} gives it; expected None")
-        of_loss = {name: value for name, value in given.items() if name in objective.defaults or name not in of_state}
-        objective.resolve_options(of_loss)
         return given
 
     def _importance(self, objective: Objective) -> Any:
@@ -303,10 +290,6 @@ def _default(config: type, name: str) -> Any:
 
 def _needs(objective: Objective, importance: Any) -> frozenset[str]:
     return objective.needs | (frozenset() if importance is None else importance.needs)
-
-
-def _state_settings(objective: Objective) -> frozenset[str]:
-    return frozenset() if objective.state is None else frozenset(inspect.signature(objective.state).parameters)
 
 
 def _check_objective(name: str) -> Objective:

@@ -40,7 +40,7 @@ __all__ = [
 
 FAMILIES = (pairwise, divergences, regularised, reference_free, imitation, games, unpaired, listwise)
 _BASES = tuple(objective for family in FAMILIES for objective in family.OBJECTIVES)
-_WEIGHTED = tuple(importance_sampled(base) for base in _BASES if base.kind == "pair" and not base.importance_weighted)
+_WEIGHTED = tuple(importance_sampled(base) for base in _BASES if base.has_importance_ratio)
 
 OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (*_BASES, *_WEIGHTED)}
 

@@ -26,6 +26,11 @@ class Pair(NamedTuple):
     def over(self, other: "Pair") -> "Pair":
         return Pair(self.chosen / other.chosen, self.rejected / other.rejected)
 
+    @property
+    def difference(self) -> Tensor:
+        """chosen - rejected."""
+        return self.chosen - self.rejected
+
 
 class Gold(NamedTuple):
     """A third completion of each pair, to be imitated: its log-prob under the policy and its length, both [P]."""
@@ -67,8 +72,7 @@ class PairLogprob:
     @property
     def margin(self) -> Tensor:
         """Delta = a - b."""
-        a, b = self.log_ratio
-        return a - b
+        return self.log_ratio.difference
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,13 @@ class SequenceInputs:
             present_GK | ~counts_G[:, None],
         )
         return group, counts_G
+
+
+def mean_of_present(value: Tensor, present: Tensor | None) -> Tensor:
+    """The mean over the items that are True in `present` (None: all); 0 where none is."""
+    if present is None:
+        present = torch.ones_like(value, dtype=torch.bool)
+    return torch.where(present, value, 0).sum() / present.sum().clamp(min=1)
 
 
 def _constant(value: Tensor | None) -> Tensor | None:

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from isdaa_kernels.objectives.batch import CompletionLogprob, Pair, PairLogprob
+from isdaa_kernels.objectives.batch import CompletionLogprob, PairLogprob
 from isdaa_kernels.objectives.objective import declare, make_objective
 from isdaa_kernels.objectives.options import Domain, is_finite_number, optional
+from isdaa_kernels.objectives.pairwise import logistic
 
 OPPONENT_WEIGHTS = Domain(
     "a tuple of numbers of at least 0, not all 0",
     lambda value: isinstance(value, (tuple, list))
     and all(is_finite_number(weight) and weight >= 0 for weight in value)
     and sum(value) > 0,
+    by_item=False,
 )
 
 
@@ -31,8 +33,7 @@ def dno(pair: PairLogprob, *, beta: float = 0.1, preference: float = 1.0) -> Ten
     a new reference in every iteration. The loss is that of `dpo` with label_smoothing = 1 - P, and P may be below 1/2.
     d/da = beta (S(beta Delta) - P) = -d/db. The default of beta is DPO's.
     """
-    scaled_P = beta * pair.margin
-    return -preference * logsigmoid(scaled_P) - (1 - preference) * logsigmoid(-scaled_P)
+    return logistic(beta * pair.margin, 1 - preference)
 
 
 @declare("reference", source="Wu et al. 2024, arXiv 2405.00675", systems=("SPPO",))
@@ -67,8 +68,8 @@ def inpo(pair: PairLogprob, *, beta: float = 0.0075, reference_share: float = 1 
     the opponents; older ones do not enter. The defaults are those of the MNPO authors' configurations. r = 1 gives `ipo`.
     With h the difference in the brackets: d/da = 2 h = -d/db.
     """
-    anchor_P = reference_share * _difference(pair.reference) + (1 - reference_share) * _difference(pair.opponents[0])
-    return (_difference(pair.policy) - anchor_P - 1 / (2 * beta)).square()
+    anchor_P = reference_share * pair.reference.difference + (1 - reference_share) * pair.opponents[0].difference
+    return (pair.policy.difference - anchor_P - 1 / (2 * beta)).square()
 
 
 @declare(
@@ -98,11 +99,11 @@ def mnpo(
     if len(weights) != len(pair.opponents):
         raise ValueError(f"opponent_weights: expected {len(pair.opponents)} numbers, one an opponent, got {weights!r}")
     opponents_P = sum(
-        weight / sum(weights) * _difference(opponent.over(pair.lengths))
+        weight / sum(weights) * opponent.over(pair.lengths).difference
         for weight, opponent in zip(weights, pair.opponents, strict=True)
     )
-    anchor_P = reference_share * _difference(pair.reference.over(pair.lengths)) + (1 - reference_share) * opponents_P
-    return (_difference(pair.mean_policy) - anchor_P - 1 / (2 * beta)).square()
+    anchor_P = reference_share * pair.reference.over(pair.lengths).difference + (1 - reference_share) * opponents_P
+    return (pair.mean_policy.difference - anchor_P - 1 / (2 * beta)).square()
 
 
 @declare("reference", "lengths", source="Zhou et al. 2025, arXiv 2503.08942", systems=("EGPO",))
@@ -147,10 +148,6 @@ def nash_md(batch: CompletionLogprob, *, beta: float = 0.1, preference: float = 
     (eta * log reference + log pi_t) / (eta + 1) of each token.
     """
     return (0.5 - preference) * batch.policy + beta * batch.kl_score
-
-
-def _difference(pair: Pair) -> Tensor:
-    return pair.chosen - pair.rejected
 
 
 OBJECTIVES = tuple(make_objective(function) for function in (dno, sppo, sppo_single, inpo, mnpo, egpo, xpo, nash_md))

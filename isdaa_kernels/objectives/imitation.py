@@ -18,17 +18,18 @@ from isdaa_kernels.objectives.pairwise import bco, dpo
 Part = Objective | Callable[..., Tensor] | str
 
 
-@declare("lengths", source="TRL")
+@declare("lengths", source="TRL", whole_batch=True)
 def sft(pair: PairLogprob) -> Tensor:
     """-logp_w P / (sum of |chosen| over the P pairs that count): the mean over them is that over all their chosen tokens; [P].
 
     The cross entropy of the chosen completions, reduced as TRL does for loss_type `sft`: every token has the same weight, so a longer
-    completion has more. It looks at the whole batch; micro-batches give each its own mean. d/dlogp_w = -P / (sum of |chosen|).
+    completion has more. It looks at the whole batch; micro-batches give each its own mean. Where a pair is empty,
+    the call's default denominator still counts it. d/dlogp_w = -P / (sum of |chosen|).
     """
     return _mean_over_batch(pair, pair.policy.chosen, pair.lengths.chosen)
 
 
-@declare("lengths", "gold", source="TRL")
+@declare("lengths", "gold", source="TRL", whole_batch=True)
 def sft_gold(pair: PairLogprob) -> Tensor:
     """-logp_g P / (sum of |gold| over the P pairs that count): the mean over them is that over all their gold tokens; [P].
 
@@ -123,6 +124,7 @@ def weighted_sum(
         domains={option: _domain(objectives, option, default is None) for option, default in defaults.items()},
         state=None if stateful is None else stateful.state,
         state_required=stateful is not None and stateful.state_required,
+        whole_batch=any(part.whole_batch for part in objectives),
         source=source,
         systems=systems,
     )
@@ -187,6 +189,10 @@ def _check_terms(name: str, terms: list[tuple[Objective, float]]) -> None:
     stateful = [part.name for part, _ in terms if part.state is not None]
     if len(stateful) > 1:
         raise ValueError(f"{name}: parts: expected at most one with a state, got {', '.join(stateful)}")
+    for part in (part for part, _ in terms if part.state is not None):
+        for other in (other for other, _ in terms if other is not part):
+            if part.state.gives & other.defaults.keys():
+                raise ValueError(f"{name}: parts: the state of {part.name} gives an option of {other.name}, too")
 
 
 def _shared_defaults(objectives: list[Objective]) -> dict[str, object]:

@@ -146,7 +146,8 @@ def _normalized(log_weight_P: Tensor, nonempty_P: Tensor) -> Tensor:
     # The extra element keeps the maximum defined when no pair counts.
     candidates = torch.where(counts_P, log_weight_P.detach(), -1e300)
     peak = torch.cat([candidates, candidates.new_full((1,), -1e300)]).amax()
-    shifted_P = (log_weight_P - peak).exp()
+    # An empty pair's logarithm is 0, which the shift may send beyond all bounds.
+    shifted_P = torch.where(nonempty_P, log_weight_P - peak, 0).exp()
     mean = torch.where(counts_P, shifted_P, 0).sum() / counts_P.sum().clamp(min=1)
     return shifted_P / mean
 

@@ -94,7 +94,8 @@ def plackett_luce(group: GroupLogprob, *, beta: float = 0.1) -> Tensor:
     scaled = _column(beta) * group.log_ratio
     itself = torch.eye(scaled.shape[-1], dtype=torch.bool, device=scaled.device)
     stands_against = itself | _better(group, group.rewards)
-    return group.sum(torch.where(stands_against, scaled[:, None, :], -torch.inf).logsumexp(-1) - scaled)
+    loss = torch.where(stands_against, scaled[:, None, :], -torch.inf).logsumexp(-1) - scaled
+    return group.sum(loss) + _nan_of_rewards(group)
 
 
 @declare("reference", "rewards", source="Liu et al. 2024, arXiv 2402.01878")
@@ -128,7 +129,12 @@ def _weighted_pairs(group: GroupLogprob, beta: float | Tensor, behind: Tensor) -
     gain = 2 ** group.rewards.clamp(max=LARGEST_GAIN)
     weight = (gain[:, :, None] - gain[:, None, :]) * (discount[:, :, None] - discount[:, None, :]).abs()
     loss = softplus(-_column(_column(beta)) * (group.log_ratio[:, :, None] - group.log_ratio[:, None, :]))
-    return torch.where(_better(group, group.rewards), weight * loss, 0).sum((-2, -1))
+    return torch.where(_better(group, group.rewards), weight * loss, 0).sum((-2, -1)) + _nan_of_rewards(group)
+
+
+def _nan_of_rewards(group: GroupLogprob) -> Tensor:
+    """[G]: NaN where a reward is, which no comparison tells; 0 elsewhere."""
+    return torch.where(group.sum(group.rewards.isnan().double()) > 0, torch.nan, 0.0)
 
 
 def _anchored(

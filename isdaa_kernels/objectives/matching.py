@@ -23,11 +23,6 @@ def same_rank(value_P: Tensor, other_P: Tensor, present_P: Tensor | None) -> Ten
     return torch.where(present_P, torch.zeros_like(sorted_P).scatter(0, order_P, sorted_P), 0)
 
 
-def margins(pair: PairLogprob) -> tuple[Tensor, Tensor]:
-    """(log policy of chosen - rejected, the same of the reference), both [P]."""
-    return pair.policy.chosen - pair.policy.rejected, pair.reference.chosen - pair.reference.rejected
-
-
 class QuantileMatch(GatheringState):
     """`partner`: for each pair the reference's margin of the same rank, ranks counted over the pairs of all processes.
 
@@ -39,7 +34,7 @@ class QuantileMatch(GatheringState):
 
     @torch.no_grad()
     def forward(self, batch: PairLogprob) -> dict[str, Tensor]:
-        policy_P, reference_P = margins(batch)
+        policy_P, reference_P = batch.policy.difference, batch.reference.difference
         present_P = torch.ones_like(policy_P) if batch.present is None else batch.present.to(policy_P)
         columns_3N, first = self.gather(torch.stack([policy_P, reference_P, present_P]))
         partner_N = same_rank(columns_3N[0], columns_3N[1], columns_3N[2] > 0)

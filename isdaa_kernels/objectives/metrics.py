@@ -4,10 +4,12 @@ Letters: P preference pairs, S completions, G groups. Means, maxima and shares a
 completion. All numbers are fp32, so that one `stack` fetches them; the ending of a name says how items were reduced.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from isdaa_kernels.objectives.batch import CompletionLogprob, GroupLogprob, PairLogprob
+from isdaa_kernels.objectives.batch import CompletionLogprob, GroupLogprob, PairLogprob, mean_of_present
 from isdaa_kernels.objectives.importance import PairWeight
 
 VANISHED = 1e-3
@@ -36,7 +38,7 @@ def pair_metrics(pair: PairLogprob, weight: PairWeight, loss_P: Tensor, nonempty
 
     Without a reference a and b are log-probs, and there is no kl/mean.
     """
-    mean = _Mean(nonempty_P)
+    mean = partial(mean_of_present, present=nonempty_P)
     a_P, b_P = pair.log_ratio
     weight_P = torch.where(nonempty_P, weight.weight, 0)
     # The appended 0 keeps the maximum of no pairs defined; weights are never negative.
@@ -70,11 +72,11 @@ def completion_metrics(batch: CompletionLogprob, loss_S: Tensor, nonempty_S: Ten
     kl/mean               reference - policy, where there is a reference: the k1 estimate of `pair_metrics`
     empty_completions/count
     """
-    mean, log_ratio_S = _Mean(nonempty_S), batch.log_ratio
+    mean, log_ratio_S = partial(mean_of_present, present=nonempty_S), batch.log_ratio
     metrics = {"loss/mean": mean(loss_S), "log_ratio/mean": mean(log_ratio_S)}
     if batch.desirable is not None:
-        metrics["desirable/mean"] = _Mean(nonempty_S & batch.desirable)(log_ratio_S)
-        metrics["undesirable/mean"] = _Mean(nonempty_S & ~batch.desirable)(log_ratio_S)
+        metrics["desirable/mean"] = mean_of_present(log_ratio_S, nonempty_S & batch.desirable)
+        metrics["undesirable/mean"] = mean_of_present(log_ratio_S, nonempty_S & ~batch.desirable)
     if batch.reference is not None:
         metrics["kl/mean"] = -mean(log_ratio_S)
     return _to_float(metrics | {"empty_completions/count": (~nonempty_S).sum()})
@@ -85,32 +87,24 @@ def group_metrics(batch: GroupLogprob, loss_G: Tensor, nonempty_G: Tensor) -> di
     """
     loss/mean             loss of a group
     log_ratio/mean        log policy - log reference, nats a completion (the log-prob without a reference)
-    accuracy/frac         share of the groups where the completion with the largest log-ratio has the largest reward, where there are
-                          rewards; the first of equal ones
+    accuracy/frac         share of the groups where one completion has the largest log-ratio and it has the largest reward, where there
+                          are rewards: a tie of log-ratios is not right
     kl/mean               reference - policy, where there is a reference: the k1 estimate of `pair_metrics`
     empty_groups/count    groups with fewer than two completions
     """
-    mean = _Mean(nonempty_G)
+    mean = partial(mean_of_present, present=nonempty_G)
     log_ratio = batch.sum(batch.log_ratio) / batch.present.sum(-1)
     metrics = {"loss/mean": mean(loss_G), "log_ratio/mean": mean(log_ratio)}
     if batch.rewards is not None:
-        best, likeliest = (
-            torch.where(batch.present, value, -torch.inf).argmax(-1) for value in (batch.rewards, batch.log_ratio)
+        rewards, log_ratios = (
+            torch.where(batch.present, value, -torch.inf) for value in (batch.rewards, batch.log_ratio)
         )
-        metrics["accuracy/frac"] = mean((best == likeliest).double())
+        likeliest = log_ratios == log_ratios.amax(-1, keepdim=True)
+        best = (rewards == rewards.amax(-1, keepdim=True)) & likeliest
+        metrics["accuracy/frac"] = mean((best.any(-1) & (likeliest.sum(-1) == 1)).double())
     if batch.reference is not None:
         metrics["kl/mean"] = -mean(log_ratio)
     return _to_float(metrics | {"empty_groups/count": (~nonempty_G).sum()})
-
-
-class _Mean:
-    """The mean over the items that are True in `counts`; 0 where none is."""
-
-    def __init__(self, counts: Tensor) -> None:
-        self.counts = counts
-
-    def __call__(self, value: Tensor) -> Tensor:
-        return torch.where(self.counts, value, 0).sum() / self.counts.sum().clamp(min=1)
 
 
 def _to_float(metrics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,10 +36,13 @@ def declare(
     systems: tuple[str, ...] = (),
     state: type[BatchState] | None = None,
     state_required: bool = False,
+    whole_batch: bool = False,
+    instead: Mapping[str, str] | None = None,
     **domains: Domain,
 ) -> Callable[[Callable], Callable]:
     """Decorator: states beside the formula what it needs beyond the policy's sums, where it was published (authors, year, arXiv), the
-    published systems whose loss it is, what keeps its numbers from step to step, and domains of options that differ from `DOMAINS`."""
+    published systems whose loss it is, what keeps its numbers from step to step, whether the loss of an item depends on the others of the
+    batch, options that stand for a need, and domains of options that differ from `DOMAINS`."""
 
     def decorate(function: Callable) -> Callable:
         assert set(needs) <= set(NEEDS), f"{function.__name__}: unknown need in {needs}"
@@ -49,6 +52,8 @@ def declare(
             "systems": systems,
             "state": state,
             "state_required": state_required,
+            "whole_batch": whole_batch,
+            "instead": instead or {},
             "domains": domains,
         }
         return function
@@ -68,6 +73,9 @@ class Objective:
                a factor for each token's log-prob before they are summed: `token_weight(place: TokenPlace, **options) -> [N]`, for the
                policy and, with `weigh_reference`, for the reference.
     state      the class that keeps what the loss needs beyond its batch; `state_required`: there is no loss without one.
+    whole_batch
+               the loss of an item depends on the others of its call, so that micro-batches are another loss than their union.
+    instead    option -> what it makes needless where it is given.
     """
 
     name: str
@@ -81,12 +89,28 @@ class Objective:
     weigh_reference: bool = True
     state: type[BatchState] | None = None
     state_required: bool = False
+    whole_batch: bool = False
+    instead: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     systems: tuple[str, ...] = ()
 
     @property
     def importance_weighted(self) -> bool:
         return self.importance is not None
+
+    @property
+    def has_importance_ratio(self) -> bool:
+        """Whether its pairs can be weighted by how much likelier the policy makes them than the policy that wrote them: not where one of
+        them is weighted already, nor where the sums are none of log-probs (signed labels of tokens, tokens weighted in the policy alone).
+        """
+        of_logprobs = "token_weight" not in self.needs and (self.token_weight is None or self.weigh_reference)
+        return self.kind == "pair" and not self.importance_weighted and of_logprobs
+
+    @property
+    def state_settings(self) -> frozenset[str]:
+        """What `make_state` can be told beside options of the objective."""
+        names = signature(self.state).parameters if self.state else ()
+        return frozenset(names) - {"process_group"}
 
     @property
     def formula(self) -> str:
@@ -102,7 +126,8 @@ class Objective:
                 raise ValueError(f"{self.name}: unknown option {name!r}, expected one of {names}")
             domain = self.domains.get(name, DOMAINS.get(name, ANY_NUMBER))
             # A tensor (one value an item) is not looked at: that would wait for the device.
-            if not isinstance(value, Tensor) and not domain.accepts(value):
+            by_item = isinstance(value, Tensor) and domain.by_item
+            if not by_item and not domain.accepts(value):
                 raise ValueError(f"{self.name}: {name}: expected {domain.sentence}, got {value!r}")
         return {**self.defaults, **options}
 
@@ -118,13 +143,29 @@ class Objective:
             raise ValueError(f"importance: expected an ImportanceWeight, got {importance!r}")
         return importance
 
-    def make_state(self, **options: object) -> BatchState | None:
-        """A new state for this objective with these options, of which it takes those that it has settings for; None where the objective
-        keeps nothing."""
+    def call_options(self, **given: object) -> dict[str, object]:
+        """Of options and settings of a state, what a call takes beside the state that `make_state(**given)` is. Raises ValueError for what
+        neither has, and for what the state would overrule."""
+        made = self.state.gives if self.state else frozenset()
+        for name in made & given.keys() - self.state_settings:
+            raise ValueError(f"{self.name}: {name}: {self.state.__name__} gives it; expected None")
+        self.resolve_options({n: v for n, v in given.items() if n in self.defaults or n not in self.state_settings})
+        return {n: v for n, v in given.items() if n in self.defaults and n not in made}
+
+    def make_state(self, **settings: object) -> BatchState | None:
+        """A new state for this objective; None where it keeps nothing. settings: the state's own, and options of the objective, of which
+        it takes those that are settings of the state too. Raises ValueError for others."""
         if self.state is None:
             return None
-        settings = signature(self.state).parameters
-        return self.state(**{n: v for n, v in self.resolve_options(options).items() if n in settings})
+        known = self.state_settings
+        options = self.resolve_options({n: v for n, v in settings.items() if n not in known or n in self.defaults})
+        for name in known & options.keys():
+            if options[name] is None:
+                raise ValueError(
+                    f"{self.name}: {name}: its parts have their own; expected the one of the part with the state"
+                )
+        own = {n: v for n, v in settings.items() if n in known}
+        return self.state(**{**{n: v for n, v in options.items() if n in known}, **own})
 
     def loss(self, batch: PairLogprob | CompletionLogprob | GroupLogprob, options: Mapping[str, object]) -> Tensor:
         """One loss an item, `options` being those of `resolve_options`."""
@@ -146,15 +187,22 @@ def importance_sampled(base: Objective, importance: Weighting | None = None) -> 
     The formula of the base is untouched: the weight is a factor on its result, so any pairwise objective gains it.
     Raises ValueError for an objective of another kind, and for one that has a weight.
     """
-    if base.kind != "pair" or base.importance_weighted:
-        raise ValueError(f"base: expected a pairwise objective without a weight, got {base.name!r}")
+    if not base.has_importance_ratio:
+        raise ValueError(
+            f"base: expected a pairwise objective of sums of log-probs, without a weight, got {base.name!r}"
+        )
     return replace(base, name=f"is_{base.name}", importance=importance or ImportanceWeight())
 
 
 def token_weighted(
     base: Objective, name: str, token_weight: Callable[..., Tensor], weigh_reference: bool = True, **declared: object
 ) -> Objective:
-    """`base` on log-probs whose tokens are weighted first; `declared` (source, systems) replaces what the base says."""
+    """`base`, an objective of two completions, on log-probs whose tokens are weighted first; `declared` (source, systems) replaces what
+    the base says. Raises ValueError for another base."""
+    if base.kind != "pair" or "gold" in base.needs or base.token_weight is not None:
+        raise ValueError(
+            f"base: expected a pairwise objective of two completions without token weights, got {base.name!r}"
+        )
     defaults = {**base.defaults, **keyword_defaults(token_weight)}
     return replace(
         base, name=name, defaults=defaults, token_weight=token_weight, weigh_reference=weigh_reference, **declared

@@ -13,6 +13,7 @@ class Domain(NamedTuple):
 
     sentence: str
     accepts: Callable[[object], bool]
+    by_item: bool = True  # whether a tensor with one value an item will do, too
 
 
 def is_finite_number(value: object) -> bool:
@@ -32,7 +33,7 @@ SHARE = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
 
 def optional(domain: Domain) -> Domain:
     """The same, or None."""
-    return Domain(f"{domain.sentence}, or None", lambda value: value is None or domain.accepts(value))
+    return Domain(f"{domain.sentence}, or None", lambda value: value is None or domain.accepts(value), domain.by_item)
 
 
 DOMAINS: Mapping[str, Domain] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from isdaa_kernels.objectives.batch import PairLogprob
-from isdaa_kernels.objectives.matching import QuantileMatch, margins, same_rank
+from isdaa_kernels.objectives.matching import QuantileMatch, same_rank
 from isdaa_kernels.objectives.objective import declare, make_objective
 from isdaa_kernels.objectives.options import MAX_EXPONENT, number
 from isdaa_kernels.objectives.unpaired_state import RewardMean
@@ -22,7 +22,11 @@ def dpo(pair: PairLogprob, *, beta: float = 0.1, label_smoothing: float = 0.0) -
     Direct preference optimisation, Rafailov et al. 2023 (arXiv 2305.18290). e > 0 is their conservative cDPO: labels
     are wrong with probability e. d/da = beta (S(beta Delta) - (1 - e)) = -d/db.
     """
-    scaled_P = beta * pair.margin
+    return logistic(beta * pair.margin, label_smoothing)
+
+
+def logistic(scaled_P: Tensor, label_smoothing: float | Tensor = 0.0) -> Tensor:
+    """-(1 - e) LS(z) - e LS(-z), z = scaled, e = label_smoothing; [P]."""
     return -(1 - label_smoothing) * logsigmoid(scaled_P) - label_smoothing * logsigmoid(-scaled_P)
 
 
@@ -190,7 +194,7 @@ def ddo(pair: PairLogprob, *, beta: float = 1.0, rejected_weight: float = 1.0) -
     return -logsigmoid(beta * a_P) - rejected_weight * logsigmoid(-beta * b_P)
 
 
-@declare("reference", source="Melnyk et al. 2024, arXiv 2406.05882", state=QuantileMatch)
+@declare("reference", source="Melnyk et al. 2024, arXiv 2406.05882", state=QuantileMatch, whole_batch=True)
 def aot(
     pair: PairLogprob, *, beta: float = 0.01, label_smoothing: float = 0.0, partner: Tensor | None = None
 ) -> Tensor:
@@ -202,12 +206,12 @@ def aot(
     None: ranks within the batch; the state `QuantileMatch` ranks the pairs of all processes. `aot` in TRL, on each process by itself.
     d/da = beta (S(beta (u - v)) - (1 - e)) = -d/db.
     """
-    policy_P, reference_P = margins(pair)
+    policy_P, reference_P = pair.policy.difference, pair.reference.difference
     partner_P = same_rank(policy_P, reference_P, pair.present) if partner is None else partner
-    return _smoothed_logistic(beta * (policy_P - partner_P), label_smoothing)
+    return logistic(beta * (policy_P - partner_P), label_smoothing)
 
 
-@declare("reference", source="Melnyk et al. 2024, arXiv 2406.05882")
+@declare("reference", source="Melnyk et al. 2024, arXiv 2406.05882", whole_batch=True)
 def aot_unpaired(pair: PairLogprob, *, beta: float = 0.01, label_smoothing: float = 0.0) -> Tensor:
     """-(1 - e) LS(beta (a - b')) - e LS(-beta (a - b')), b' the b of the same rank, e = label_smoothing; [P].
 
@@ -217,11 +221,7 @@ def aot_unpaired(pair: PairLogprob, *, beta: float = 0.01, label_smoothing: floa
     there is no state. `aot_unpaired` in TRL (0.24: `aot_pair`). d/da = beta (S(beta (a - b')) - (1 - e)) = -d/db'.
     """
     a_P, b_P = pair.log_ratio
-    return _smoothed_logistic(beta * (a_P - same_rank(a_P, b_P, pair.present)), label_smoothing)
-
-
-def _smoothed_logistic(scaled_P: Tensor, label_smoothing: float | Tensor) -> Tensor:
-    return -(1 - label_smoothing) * logsigmoid(scaled_P) - label_smoothing * logsigmoid(-scaled_P)
+    return logistic(beta * (a_P - same_rank(a_P, b_P, pair.present)), label_smoothing)
 
 
 OBJECTIVES = tuple(

@@ -4,8 +4,9 @@ Letters: P preference pairs; logp_w, logp_l, logp_g log-probs of the chosen, the
 over scored tokens; m_w, m_l, m_g the same in nats per scored token; S sigmoid, LS log-sigmoid. Gradients are by these, those by m to be
 divided by the length for those by logp.
 
-A reference that the caller gives for the metrics does not enter the loss. Terms that imitate a completion take the mean over its tokens,
-pair by pair; where another library takes the mean over all tokens of the batch, mix with `imitation.sft` instead.
+A reference that the caller gives for the metrics does not enter the loss, which is why `pair.margin` is not used. Terms that imitate a
+completion take the mean over its tokens, pair by pair; where another library takes the mean over all tokens of the batch, mix with
+`imitation.sft` instead.
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from isdaa_kernels.objectives.batch import Gold, PairLogprob
 from isdaa_kernels.objectives.objective import declare, make_objective
 from isdaa_kernels.objectives.options import MAX_EXPONENT
+from isdaa_kernels.objectives.pairwise import logistic
 
 # Nats per token: what fp32 leaves of a log-prob nearer to 0 is rounding, and the odds of a completion of probability 1 are infinite.
 LARGEST_MEAN = -1e-6
@@ -41,7 +43,7 @@ def cpo(pair: PairLogprob, *, beta: float = 0.1, label_smoothing: float = 0.0, s
     completion. The defaults are TRL's, where sft_weight is cpo_alpha; the paper has the sum logp_w in the place of m_w, TRL the mean over
     the chosen tokens of the whole batch. d/dlogp_w = beta (S(z) - (1 - e)) - sft_weight / |chosen|, d/dlogp_l = beta ((1 - e) - S(z)).
     """
-    return _logistic(beta * _sum_margin(pair), label_smoothing) - sft_weight * pair.mean_policy.chosen
+    return logistic(beta * pair.policy.difference, label_smoothing) - sft_weight * pair.mean_policy.chosen
 
 
 @declare("lengths", source="TRL")
@@ -51,7 +53,7 @@ def cpo_hinge(pair: PairLogprob, *, beta: float = 0.1, sft_weight: float = 1.0) 
     `cpo` with the hinge for the logistic loss, as in TRL's CPO with loss_type `hinge`. d/dlogp_w = -beta - sft_weight / |chosen| and
     d/dlogp_l = beta where beta (logp_w - logp_l) < 1, -sft_weight / |chosen| and 0 elsewhere.
     """
-    return torch.relu(1 - beta * _sum_margin(pair)) - sft_weight * pair.mean_policy.chosen
+    return torch.relu(1 - beta * pair.policy.difference) - sft_weight * pair.mean_policy.chosen
 
 
 @declare("lengths", source="TRL")
@@ -61,7 +63,7 @@ def cpo_ipo(pair: PairLogprob, *, beta: float = 0.1, sft_weight: float = 1.0) ->
     `cpo` with the square for the logistic loss, as in TRL's CPO with loss_type `ipo`, which takes means for it.
     With r = m_w - m_l - 1 / (2 beta): d/dm_w = 2 r - sft_weight, d/dm_l = -2 r.
     """
-    return (_mean_margin(pair) - 1 / (2 * beta)).square() - sft_weight * pair.mean_policy.chosen
+    return (pair.mean_policy.difference - 1 / (2 * beta)).square() - sft_weight * pair.mean_policy.chosen
 
 
 @declare("lengths", source="Meng et al. 2024, arXiv 2405.14734", systems=("SimPO",))
@@ -80,8 +82,8 @@ def simpo(
     and LLaMA-Factory take the margin as simpo_gamma = 0.5, at beta = 0.1. With f = S(u) - (1 - e): d/dm_w = beta f - sft_weight,
     d/dm_l = -beta f. sft_weight > 0 is "CPO-SimPO"; the authors and TRL take the mean over all chosen tokens of the batch there.
     """
-    scaled_P = beta * _mean_margin(pair) - margin
-    return _logistic(scaled_P, label_smoothing) - sft_weight * pair.mean_policy.chosen
+    scaled_P = beta * pair.mean_policy.difference - margin
+    return logistic(scaled_P, label_smoothing) - sft_weight * pair.mean_policy.chosen
 
 
 @declare("lengths", source="Meng et al. 2024, arXiv 2405.14734")
@@ -91,7 +93,7 @@ def simpo_hinge(pair: PairLogprob, *, beta: float = 2.0, margin: float = 0.5, sf
     `simpo` with the hinge, loss_type `hinge` of its authors' code. d/dm_w = -beta - sft_weight and d/dm_l = beta where u < 1,
     -sft_weight and 0 elsewhere.
     """
-    return torch.relu(1 + margin - beta * _mean_margin(pair)) - sft_weight * pair.mean_policy.chosen
+    return torch.relu(1 + margin - beta * pair.mean_policy.difference) - sft_weight * pair.mean_policy.chosen
 
 
 @declare("lengths", source="Gupta et al. 2025, arXiv 2501.03884")
@@ -108,7 +110,7 @@ def alphapo(
     chosen_P, rejected_P = (
         -torch.expm1((-alpha * mean_P).clamp(max=MAX_EXPONENT)) / alpha for mean_P in pair.mean_policy
     )
-    return _logistic(beta * (chosen_P - rejected_P) - margin, label_smoothing)
+    return logistic(beta * (chosen_P - rejected_P) - margin, label_smoothing)
 
 
 @declare("lengths", source="Hong et al. 2024, arXiv 2403.07691")
@@ -169,7 +171,7 @@ def tpo(pair: PairLogprob, *, beta: float = 0.01, label_smoothing: float = 0.0, 
     TRL's and those of the authors' training script; sft_weight is their alpha, tpo_alpha in both, where the mean is over all gold tokens of
     the batch. d/dlogp_w = beta (S(z) - (1 - e)) = -d/dlogp_l, d/dm_g = -sft_weight.
     """
-    return _logistic(beta * _sum_margin(pair), label_smoothing) - sft_weight * _mean_gold(pair.gold)
+    return logistic(beta * pair.policy.difference, label_smoothing) - sft_weight * _mean_gold(pair.gold)
 
 
 @declare("lengths", "gold", source="Saeidi et al. 2024, arXiv 2405.16681")
@@ -179,7 +181,7 @@ def tpo_hinge(pair: PairLogprob, *, beta: float = 0.01, sft_weight: float = 1.0)
     `tpo` with the hinge, loss_type `hinge` of TRL and of the authors' code. d/dlogp_w = -beta = -d/dlogp_l where beta (logp_w - logp_l) < 1
     and 0 elsewhere, d/dm_g = -sft_weight.
     """
-    return torch.relu(1 - beta * _sum_margin(pair)) - sft_weight * _mean_gold(pair.gold)
+    return torch.relu(1 - beta * pair.policy.difference) - sft_weight * _mean_gold(pair.gold)
 
 
 @declare("lengths", "gold", source="Saeidi et al. 2024, arXiv 2405.16681")
@@ -189,7 +191,7 @@ def tpo_ipo(pair: PairLogprob, *, beta: float = 0.01, sft_weight: float = 1.0) -
     `tpo` with the square, loss_type `ipo` of TRL and of the authors' code, which take means for it.
     With r = m_w - m_l - 1 / (2 beta): d/dm_w = 2 r = -d/dm_l, d/dm_g = -sft_weight.
     """
-    return (_mean_margin(pair) - 1 / (2 * beta)).square() - sft_weight * _mean_gold(pair.gold)
+    return (pair.mean_policy.difference - 1 / (2 * beta)).square() - sft_weight * _mean_gold(pair.gold)
 
 
 @declare("lengths", "gold", source="Saeidi et al. 2024, arXiv 2405.16681", systems=("TPO",))
@@ -207,8 +209,8 @@ def tpo_mean(
     these are, with the margin as tpo_l_gamma. beta = 0.01 is for sums; the authors also train with beta = 2 to 10, margin 0.3 to 3 and
     sft_weight 0.05. With f = S(u) - (1 - e): d/dm_w = beta f = -d/dm_l, d/dm_g = -sft_weight.
     """
-    scaled_P = beta * _mean_margin(pair) - margin
-    return _logistic(scaled_P, label_smoothing) - sft_weight * _mean_gold(pair.gold)
+    scaled_P = beta * pair.mean_policy.difference - margin
+    return logistic(scaled_P, label_smoothing) - sft_weight * _mean_gold(pair.gold)
 
 
 @declare("lengths", "gold", source="Jiang et al. 2023, arXiv 2312.16430", systems=("MPO",))
@@ -220,25 +222,11 @@ def mpo_maximum(pair: PairLogprob, *, sft_weight: float = 1.0) -> Tensor:
     reading, for there is no code: means over tokens in the second term, the default of its weight, and no third term on pre-training data.
     With s = S(logp_w - logp_l): d/dlogp_w = -s (1 - s) = -d/dlogp_l, d/dm_g = -sft_weight. Not the mixed MPO, which is `mpo`.
     """
-    return -torch.sigmoid(_sum_margin(pair)) - sft_weight * _mean_gold(pair.gold)
-
-
-def _sum_margin(pair: PairLogprob) -> Tensor:
-    """logp_w - logp_l; not `pair.margin`, which has the reference in it where one is given."""
-    return pair.policy.chosen - pair.policy.rejected
-
-
-def _mean_margin(pair: PairLogprob) -> Tensor:
-    chosen_P, rejected_P = pair.mean_policy
-    return chosen_P - rejected_P
+    return -torch.sigmoid(pair.policy.difference) - sft_weight * _mean_gold(pair.gold)
 
 
 def _mean_gold(gold: Gold) -> Tensor:
     return gold.policy / gold.lengths
-
-
-def _logistic(scaled_P: Tensor, label_smoothing: float | Tensor) -> Tensor:
-    return -(1 - label_smoothing) * logsigmoid(scaled_P) - label_smoothing * logsigmoid(-scaled_P)
 
 
 def _log_odds(pair: PairLogprob) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,7 @@ def _gap_weight(gap_P: Tensor, threshold: float, slope: float, largest: float, l
     return torch.where(gap_P > -threshold, log_weight_P, 0).exp()
 
 
-@declare("reference", source="Wu et al. 2024, arXiv 2407.08639", state=BetaState, state_required=True)
+@declare("reference", source="Wu et al. 2024, arXiv 2407.08639", state=BetaState, state_required=True, whole_batch=True)
 def beta_dpo(pair: PairLogprob, *, beta: float | Tensor = 0.1, keep: float | Tensor = 1.0) -> Tensor:
     """-keep LS(beta Delta), beta from the mean margin of the batch and keep 0 for the pairs left out of it; [P].
 

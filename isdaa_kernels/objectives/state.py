@@ -26,6 +26,12 @@ class BatchState(nn.Module):
     def forward(self, batch: PairLogprob | CompletionLogprob) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def _apply(self, fn, recurse=True):
+        """Moves with a model, and keeps its numbers in their dtype when the model changes its own."""
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
+
     def reduce_sum(self, value: Tensor) -> Tensor:
         """The sum over the ranks, detached."""
         value = value.detach().clone()
@@ -59,13 +65,13 @@ class GatheringState(BatchState):
             return columns_CP, 0
         P = columns_CP.shape[1]
         most = self._most_pairs(P, columns_CP.device) if self.pairs_per_rank is None else self.pairs_per_rank
-        if most < P:
+        padded = pad(columns_CP[:, :most], (0, max(most - P, 0))).contiguous()
+        gathered = [torch.empty_like(padded) for _ in range(ranks)]
+        torch.distributed.all_gather(gathered, padded, group=self.process_group)
+        if most < P:  # after the exchange, in which the others would wait for ever
             raise ValueError(
                 f"{type(self).__name__}: pairs_per_rank: expected at least the {P} pairs of this rank, got {most}"
             )
-        padded = pad(columns_CP, (0, most - P))
-        gathered = [torch.empty_like(padded) for _ in range(ranks)]
-        torch.distributed.all_gather(gathered, padded, group=self.process_group)
         return torch.cat(gathered, 1), most * torch.distributed.get_rank(self.process_group)
 
     def _most_pairs(self, P: int, device: torch.device) -> int:

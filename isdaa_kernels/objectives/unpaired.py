@@ -8,13 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from isdaa_kernels.objectives.batch import CompletionLogprob, PairLogprob
+from isdaa_kernels.objectives.batch import CompletionLogprob, PairLogprob, mean_of_present
 from isdaa_kernels.objectives.objective import declare, make_objective
 from isdaa_kernels.objectives.unpaired_state import MismatchedMean, RewardMean
 
 
 @declare(
-    "reference", "desirable", "mismatched", source="Ethayarajh et al. 2024, arXiv 2402.01306", state=MismatchedMean
+    "reference",
+    "desirable",
+    "mismatched",
+    source="Ethayarajh et al. 2024, arXiv 2402.01306",
+    state=MismatchedMean,
+    whole_batch=True,
+    instead={"kl": "mismatched"},
 )
 def kto(
     batch: CompletionLogprob,
@@ -29,10 +35,10 @@ def kto(
     Kahneman-Tversky optimisation, Ethayarajh et al. 2024 (arXiv 2402.01306), where the weights w_D = desirable_weight and
     w_U = undesirable_weight are lambda_D and lambda_U, and kl is z_0. kl None (default): max(0, mean of `mismatched` over the
     completions of the call that are not empty), without gradient; the state `MismatchedMean` takes the mean over all ranks, as TRL does;
-    a number stands for it, and `mismatched` is not read. With x = beta (l - kl): d/dl = -w_D beta S(x) S(-x) where desirable,
+    a number takes its place, and `mismatched` is not needed. With x = beta (l - kl): d/dl = -w_D beta S(x) S(-x) where desirable,
     w_U beta S(x) S(-x) elsewhere.
     """
-    kl = _mean(batch.mismatched, batch.present).detach().clamp(min=0) if kl is None else kl
+    kl = mean_of_present(batch.mismatched, batch.present).detach().clamp(min=0) if kl is None else kl
     return _prospect(batch, beta * (batch.log_ratio - kl), desirable_weight, undesirable_weight)
 
 
@@ -64,30 +70,25 @@ def bco_unpaired(batch: CompletionLogprob, *, beta: float = 0.1, baseline: float
     return -logsigmoid(torch.where(batch.desirable, reward_S, -reward_S))
 
 
-@declare("reference", source="Ethayarajh et al. 2024, arXiv 2402.01306; SPPO and OpenRLHF")
+@declare("reference", source="Ethayarajh et al. 2024, arXiv 2402.01306; SPPO and OpenRLHF", whole_batch=True)
 def kto_pair(pair: PairLogprob, *, beta: float = 0.1) -> Tensor:
     """(2 - S(beta (a - K_l)) - S(beta (K_w - b))) / 2, K_w = max(0, mean a), K_l = max(0, mean b) over the batch; [P].
 
     KTO of pairs with the KL divergence of one half estimated on the other, of Ethayarajh et al.'s first report, as in SPPO's code and
     OpenRLHF's `VanillaKTOLoss`, which average over the 2P completions: hence the half. As there, K_w and K_l are differentiated and not
     reduced over ranks; pairs with an empty completion are left out of the means. For the loss of P pairs with x_i = beta (a_i - K_l),
-    y_i = beta (K_w - b_i): d/da_i = -beta S'(x_i) / 2 - [K_w > 0] beta mean(S'(y)) / 2, d/db_i = beta S'(y_i) / 2 + [K_l > 0] beta
-    mean(S'(x)) / 2, each over P.
+    y_i = beta (K_w - b_i): d/da_i = -beta S'(x_i) / 2 - [K_w >= 0] beta mean(S'(y)) / 2, d/db_i = beta S'(y_i) / 2 + [K_l >= 0] beta
+    mean(S'(x)) / 2, each over P, the brackets 1 where the mean itself is at
+    least 0: at a mean of 0, where policy and reference agree, the maximum passes the gradient.
     """
     a, b = pair.log_ratio
-    kl_chosen, kl_rejected = (_mean(ratio_P, pair.present).clamp(min=0) for ratio_P in (a, b))
+    kl_chosen, kl_rejected = (mean_of_present(ratio_P, pair.present).clamp(min=0) for ratio_P in (a, b))
     return (torch.sigmoid(beta * (kl_rejected - a)) + torch.sigmoid(beta * (b - kl_chosen))) / 2
 
 
 def _prospect(batch: CompletionLogprob, scaled_S: Tensor, desirable_weight: float, undesirable_weight: float) -> Tensor:
     loss_S = torch.sigmoid(torch.where(batch.desirable, -scaled_S, scaled_S))
     return torch.where(batch.desirable, desirable_weight * loss_S, undesirable_weight * loss_S)
-
-
-def _mean(value: Tensor, present: Tensor | None) -> Tensor:
-    """The mean over the items that are present; 0 where none is."""
-    present = torch.ones_like(value, dtype=torch.bool) if present is None else present
-    return torch.where(present, value, 0).sum() / present.sum().clamp(min=1)
 
 
 OBJECTIVES = tuple(make_objective(function) for function in (kto, apo_zero_unpaired, bco_unpaired, kto_pair))

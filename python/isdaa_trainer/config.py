@@ -74,9 +74,13 @@ class Config:
 
     objective: str = setting("objective", "preference loss", "is_dpo", TRAINABLE)
     beta: float | None = setting("objective", "scale of the margin; none: the objective's own", None, above=0)
-    label_smoothing: float | None = setting("objective", "assumed share of flipped labels; none: 0 (dpo, is_dpo)", None)
+    label_smoothing: float | None = setting(
+        "objective", "assumed share of flipped labels; none: the objective's own", None
+    )
     objective_options: str | None = setting(
-        "objective", "other options of the objective, as name=number,name=number; none: its own", None
+        "objective",
+        "other options of the objective and of what it keeps, as name=number,name=number; none: their own",
+        None,
     )
     epsilon: float = setting("objective", "importance weight: a pair's is at most exp(2 epsilon)", 1.0)
     importance_mode: Literal["joint", "per_completion", "none"] = setting(
@@ -144,14 +148,13 @@ class Config:
             raise ValueError(
                 f"max_prompt_length: expected less than max_length = {self.max_length}, got {self.max_prompt_length}"
             )
-        OBJECTIVES[self.objective].resolve_options(self.all_options())
-        self.importance_weight()
+        self.preference_settings()
+        self.objective_state()
         self.routed()
 
     def preference_settings(self) -> dict[str, Any]:
         """What `preference_loss` is to compute, as its keyword arguments."""
-        state = OBJECTIVES[self.objective].state
-        options = {n: v for n, v in self.all_options().items() if state is None or n not in state.gives}
+        options = OBJECTIVES[self.objective].call_options(**self.all_options())
         return {"objective": self.objective, "importance": self.importance_weight(), **options}
 
     def kernel_settings(self) -> dict[str, Any]:
@@ -159,7 +162,7 @@ class Config:
         return {"max_workspace_mb": self.max_workspace_mb, "backend": self.backend}
 
     def all_options(self) -> dict[str, float]:
-        """Keyword options of the objective that were asked for; the others have its defaults."""
+        """Options of the objective, and of what it keeps, that were asked for; the others have their defaults."""
         given = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         given = {name: value for name, value in given.items() if value is not None}
         for name, value in read_options(self.objective_options).items():
@@ -170,7 +173,9 @@ class Config:
 
     def objective_state(self) -> BatchState | None:
         """What the objective keeps from step to step, as it is before the first; None where it keeps nothing."""
-        return OBJECTIVES[self.objective].make_state(**self.all_options())
+        objective = OBJECTIVES[self.objective]
+        seed = {"seed": self.seed} if "seed" in objective.state_settings else {}
+        return objective.make_state(**{**seed, **self.all_options()})
 
     def importance_weight(self) -> ImportanceWeight | None:
         """How an is_ objective weighs its pairs; None for the others, which refuse importance settings."""
@@ -214,7 +219,7 @@ def read_options(text: str | None) -> dict[str, float]:
     for part in (text or "").split(",") if text else ():
         name, equals, number = (word.strip() for word in part.partition("="))
         try:
-            value = float(number)
+            value = int(number) if number.lstrip("+-").isdecimal() else float(number)
         except ValueError:
             value = None
         if not equals or not name or value is None:

@@ -129,11 +129,12 @@ def unmoved(state: BatchState | None) -> Iterator[None]:
     if state is None:
         yield
         return
+    training = state.training
     state.eval()
     try:
         yield
     finally:
-        state.train()
+        state.train(training)
 
 
 def share_positive(difference: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from isdaa_kernels import NoBackend
+from isdaa_kernels import OBJECTIVES, NoBackend
 from isdaa_trainer import checkpoint as disk
 from isdaa_trainer.config import Config, parse_arguments
 from isdaa_trainer.curves import draw_curves
@@ -42,7 +42,7 @@ class Trainer:
         for note in self.data.notes:
             tqdm.write(note)
         self.num_steps = count_steps(config, self.data)
-        refuse_cut_normalization(config, self.data, self.num_steps)
+        refuse_cut_steps(config, self.data, self.num_steps)
         if resume:
             disk.check_same_run(self.out, config, self.data.fingerprint())
         newest = (disk.checkpoints(self.out) or [None])[-1]
@@ -173,16 +173,18 @@ def count_steps(config: Config, data: PreferenceData) -> int:
     return config.max_steps or config.epochs * -(-len(data.train) // config.pairs_per_step)
 
 
-def refuse_cut_normalization(config: Config, data: PreferenceData, num_steps: int) -> None:
-    """ValueError if weights are to be divided by their mean over a step that needs more than one micro-batch."""
-    if not config.importance_normalize:
+def refuse_cut_steps(config: Config, data: PreferenceData, num_steps: int) -> None:
+    """ValueError if a step needs more than one micro-batch where the loss of a pair depends on the others: an objective of the whole
+    batch, or weights to be divided by their mean."""
+    why = "importance_normalize" if config.importance_normalize else f"objective = {config.objective}"
+    if not config.importance_normalize and not OBJECTIVES[config.objective].whole_batch:
         return
     for step in range(num_steps):
         order = step_order(step, len(data.train), config.pairs_per_step, config.seed)
         size = sum(data.train[index].num_tokens for index in order)
         if size > config.max_tokens_per_micro_batch:
             raise ValueError(
-                f"importance_normalize: the {size} tokens of step {step + 1} must fit one micro-batch, got "
+                f"{why}: the {size} tokens of step {step + 1} must fit one micro-batch, got "
                 f"max_tokens_per_micro_batch = {config.max_tokens_per_micro_batch}"
             )
 
