@@ -33,29 +33,31 @@ struct Transform {
 
 inline Float bias_at(const float* bias, int64_t j, int64_t count) { return bias ? load(bias + j, count, 0.0f) : Float{}; }
 
-// Points `z` at the final logits of the row (the product itself where the transform changes nothing, else scratch); their maximum.
-inline float transform_row(const FoldTile<float>& p, int64_t i, const float*& z) {
-  const float* x = p.logits + (p.row_index ? p.row_index[i] : i) * p.logits_stride;
-  float* out = p.scratch + i * p.scratch_stride;
-  const Transform transform(p.head, i);
+// The largest of z[0, count), -inf where there is none. Several running maxima, so that none waits for the one before.
+inline float largest(const float* z, int64_t count) {
+  constexpr int kRunning = 4;
   const float lowest = -__builtin_inff();
-  Float a = broadcast(lowest), b = a, slope;
-  z = transform.identity ? x : out;
+  Float top[kRunning];
+  for (Float& t : top) t = broadcast(lowest);
   int64_t j = 0;
-  if (transform.identity) {
-    for (; j + 2 * ISDAA_LANES <= p.columns; j += 2 * ISDAA_LANES) {
-      a = maximum(load(x + j), a);
-      b = maximum(load(x + j + ISDAA_LANES), b);
-    }
-    a = maximum(a, b);
-  }
-  for (; j < p.columns; j += ISDAA_LANES) {
+  for (; j + kRunning * ISDAA_LANES <= count; j += kRunning * ISDAA_LANES)
+    for (int k = 0; k < kRunning; ++k) top[k] = maximum(load(z + j + k * ISDAA_LANES), top[k]);
+  for (; j < count; j += ISDAA_LANES) top[0] = maximum(load(z + j, count - j, lowest), top[0]);
+  return max_lanes(maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
+}
+
+// The final logits of the row: the product itself where the transform changes nothing, else in scratch.
+inline const float* transform_row(const FoldTile<float>& p, int64_t i) {
+  const float* x = p.logits + (p.row_index ? p.row_index[i] : i) * p.logits_stride;
+  const Transform transform(p.head, i);
+  if (transform.identity) return x;
+  float* z = p.scratch + i * p.scratch_stride;
+  Float slope;
+  for (int64_t j = 0; j < p.columns; j += ISDAA_LANES) {
     const int64_t count = p.columns - j;
-    if (!transform.identity)
-      store(out + j, transform(load(x + j, count, 0.0f), bias_at(p.head.bias, j, count), slope), count);
-    a = maximum(load(z + j, count, lowest), a);
+    store(z + j, transform(load(x + j, count, 0.0f), bias_at(p.head.bias, j, count), slope), count);
   }
-  return max_lanes(a);
+  return z;
 }
 
 struct Sums {
@@ -75,8 +77,8 @@ inline Sums sum_row(const float* z, int64_t columns, float shift) {
     const auto add = [&](Float v, Float counted) {
       const Float d = v - shift;
       const Int one = d == 0.0f;
-      const Float e = exponential(d, -87.0f);
-      group += one ? Float{} : e;
+      const Float e = exponential_up_to_88(d, -87.0f);
+      group += (Float)((Int)e & ~one);
       ones -= one;
       if constexpr (kEntropy) group_entropy += d < -87.0f ? Float{} : e * -d;  // not 0 * inf
       if constexpr (kSquares) group_squares += (one | (d < -43.0f)) ? Float{} : e * e;  // no denormal number is made
@@ -163,12 +165,10 @@ inline double fold_blocks(const FoldTile<float>& p, int64_t i, const float* z, f
   float* out = p.block_lse + i;
   for (int64_t begin = 0; begin < p.columns; begin += p.block, out += p.block_lse_stride) {
     const int64_t count = begin + p.block < p.columns ? p.block : p.columns - begin;
-    Float top = broadcast(-__builtin_inff());
-    for (int64_t j = 0; j < count; j += ISDAA_LANES) top = maximum(load(z + begin + j, count - j, -__builtin_inff()), top);
-    const float block_max = max_lanes(top);
+    const float block_max = largest(z + begin, count);
     const bool empty = block_max == -__builtin_inff();
     const double sum = sum_row<false, false, false>(z + begin, count, empty ? 0.0f : block_max).exponentials;
-    *out = block_max + (empty ? 0.0f : (float)__builtin_log(sum));
+    *out = block_max + (empty ? 0.0f : __builtin_logf((float)sum));
     total += empty ? sum : sum * __builtin_exp((double)block_max - shift);
   }
   return total;
@@ -181,11 +181,11 @@ inline void fold_rest(const FoldTile<T>& p, int64_t i, const T* z) {
 }
 
 inline void fold_row(const FoldTile<float>& p, int64_t i) {
-  const float* z;
   if (p.kept)
     __builtin_memcpy(p.kept + i * p.kept_stride, p.logits + (p.row_index ? p.row_index[i] : i) * p.logits_stride,
                      p.columns * sizeof(float));
-  const float tile_max = transform_row(p, i, z), old_max = p.running_max[i];
+  const float* z = transform_row(p, i);
+  const float tile_max = largest(z, p.columns), old_max = p.running_max[i];
   const float new_max = tile_max > old_max ? tile_max : old_max;
   const float shift = new_max == -__builtin_inff() ? 0.0f : new_max;
   if (p.block_lse) {

@@ -30,20 +30,22 @@ inline Float maximum(Float a, Float b) { return a > b ? a : b; }
 inline Float absolute(Float x) { return (Float)((Int)x & 0x7fffffff); }
 
 // exp(x) with a relative error of about 1e-7 for x up to 88; exactly 0 below `floor`, NaN for NaN. `floor` >= -87: no denormal is made.
+inline Float exponential_up_to_88(Float x, float floor) {
+  const float round = 12582912.0f + 127.0f;  // beside it no fraction is left, and the lowest bits are the exponent of 2^n
+  const Float shifted = x * 1.44269504f + round, n = shifted - round;
+  const Float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
+  Float y = r * 1.3814540e-3f + 8.3687451e-3f;
+  y = y * r + 4.1668391e-2f;
+  y = y * r + 1.6666520e-1f;
+  y = y * r + 4.9999993e-1f;
+  y = (y * (r * r) + r) + 1.0f;
+  y *= (Float)((Int)shifted << 23);
+  return (Float)((Int)y & ~(x < floor));
+}
+
 inline Float exponential(Float x, float floor) {
-  const Float low = broadcast(floor), high = broadcast(88.0f);
-  Float c = x < low ? low : x;
-  c = c > high ? high : c;
-  const Float n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // round to nearest
-  const Float r = (c - n * 0.693359375f) - n * -2.12194440e-4f;   // ln 2 in two parts
-  Float y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
-  y *= (Float)((__builtin_convertvector(n, Int) + 127) << 23);
-  return x < low ? Float{} : y;
+  const Float high = broadcast(88.0f);
+  return exponential_up_to_88(x > high ? high : x, floor);
 }
 
 inline Float hyperbolic_tangent(Float x) {
@@ -67,13 +69,23 @@ inline bool any(Int mask) {
 }
 
 inline double sum_lanes(Float v) {
-  double total = 0;
-  for (int i = 0; i < ISDAA_LANES; ++i) total += v[i];
-  return total;
+  using Double = double __attribute__((vector_size(4 * ISDAA_LANES)));  // half as many lanes
+  using Half = float __attribute__((vector_size(2 * ISDAA_LANES)));
+  Half low, high;
+  __builtin_memcpy(&low, &v, sizeof low);
+  __builtin_memcpy(&high, (const char*)&v + sizeof low, sizeof high);
+  const Double pairs = __builtin_convertvector(low, Double) + __builtin_convertvector(high, Double);
+  double totals[ISDAA_LANES / 2];
+  __builtin_memcpy(totals, &pairs, sizeof totals);
+  for (int width = ISDAA_LANES / 4; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) totals[i] += totals[i + width];
+  return totals[0];
 }
 
 inline float max_lanes(Float v) {
-  float m = v[0];
-  for (int i = 1; i < ISDAA_LANES; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  float m[ISDAA_LANES];
+  __builtin_memcpy(m, &v, sizeof m);
+  for (int width = ISDAA_LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) m[i] = m[i + width] > m[i] ? m[i + width] : m[i];
+  return m[0];
 }
