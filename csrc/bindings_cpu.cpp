@@ -90,6 +90,13 @@ void bind_routed_tile(const RoutedTokens<T>& token, uintptr_t listed, int64_t co
 }
 
 template <typename T>
+void bind_finish_block(uintptr_t sums, int64_t columns, int64_t width, uintptr_t gradient, uintptr_t rest_hidden, uintptr_t row,
+                       uintptr_t out, double limit, double first, double second, int threads) {
+  finish_block<T>({address<T>(sums), columns, width, address<const T>(gradient), address<const T>(rest_hidden),
+                   address<const int64_t>(row), address<T>(out), (T)limit, (T)first, (T)second, threads});
+}
+
+template <typename T>
 void bind_add_rows(const RoutedTokens<T>& token, uintptr_t listed, int64_t count, uintptr_t values, int64_t width, uintptr_t out,
                    int threads) {
   add_rows<T>(token, address<const int64_t>(listed), count, address<const T>(values), width, address<T>(out), threads);
@@ -109,6 +116,9 @@ void define_routed(py::module_& m, const std::string& suffix) {
         py::arg("to_hidden"), py::arg("columns"), py::arg("b"), py::arg("product"), py::arg("entry"), py::arg("rest"),
         py::arg("sums"), py::arg("bias"), py::arg("inverse_temperature"), py::arg("constant_inverse_temperature"),
         py::arg("logit_scale"), py::arg("softcap"), py::arg("threads"));
+  m.def(("finish_block_" + suffix).c_str(), &bind_finish_block<T>, free, py::arg("sums"), py::arg("columns"), py::arg("width"),
+        py::arg("gradient"), py::arg("rest_hidden"), py::arg("row"), py::arg("out"), py::arg("limit"), py::arg("first"),
+        py::arg("second"), py::arg("threads"));
   m.def(("add_rows_" + suffix).c_str(), &bind_add_rows<T>, free, py::arg("token"), py::arg("listed"), py::arg("count"),
         py::arg("values"), py::arg("width"), py::arg("out"), py::arg("threads"));
 }

@@ -118,7 +118,20 @@ struct RoutedTile {
   T* product;            // [T, C] in and out
   const T* entry;        // [N] gradient of z in the target's column
   T* rest;               // [N] of the block: filled in for the rows from `to_hidden` on
-  T* sums;               // [threads, C] out: sums over the rows of exp(z - block_lse)
+  T* sums;               // [threads, C]: sums over the rows of exp(z - block_lse) join the first row, the others are scratch
+  int threads;
+};
+
+// The end of a block: its mean distribution, and its rows of the gradient of weight with what they get from the rest.
+template <typename T>
+struct RoutedBlock {
+  T* sums;                // [C] in: of the block's distributions, out: their mean (uniform where there is none)
+  int64_t columns, width;
+  const T* gradient;      // [C, D] of the routed tokens, or null: no gradient of weight
+  const T* rest_hidden;   // [D] hidden states times the rest of their mass
+  const int64_t* row;     // [C] where a row of `out` goes, or null: i
+  T* out;                 // may be `gradient` where `row` is null
+  T limit, first, second;  // out = sum * first * second, 0 where |sum| <= limit
   int threads;
 };
 

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -46,7 +47,7 @@ void gather_rows(const RoutedTokens<T>& token, const int64_t* listed, int64_t co
 template <typename T>
 void routed_tile(const RoutedTile<T>& p) {
   const RowTable table = chosen_row_table();
-  std::fill(p.sums, p.sums + p.threads * p.columns, T(0));
+  std::fill(p.sums + p.columns, p.sums + p.threads * p.columns, T(0));
 #pragma omp parallel num_threads(p.threads) if (p.count * p.columns >= kWorthThreads)
   {
     T* sums = p.sums + omp_get_thread_num() * p.columns;
@@ -58,6 +59,23 @@ void routed_tile(const RoutedTile<T>& p) {
   }
   for (int64_t thread = 1; thread < p.threads; ++thread)
     for (int64_t j = 0; j < p.columns; ++j) p.sums[j] += p.sums[thread * p.columns + j];
+}
+
+template <typename T>
+void finish_block(const RoutedBlock<T>& p) {
+  T total = 0;
+  for (int64_t j = 0; j < p.columns; ++j) total += p.sums[j];
+  for (int64_t j = 0; j < p.columns; ++j) p.sums[j] = total > 0 ? p.sums[j] / total : T(1) / p.columns;
+  if (!p.gradient) return;
+#pragma omp parallel for schedule(static) num_threads(p.threads) if (p.columns * p.width >= kWorthThreads)
+  for (int64_t j = 0; j < p.columns; ++j) {
+    const T* source = p.gradient + j * p.width;
+    T* target = p.out + (p.row ? p.row[j] : j) * p.width;
+    for (int64_t d = 0; d < p.width; ++d) {
+      const T sum = source[d] + p.sums[j] * p.rest_hidden[d];
+      target[d] = (std::abs(sum) <= p.limit ? T(0) : sum) * p.first * p.second;
+    }
+  }
 }
 
 template <typename T>
@@ -74,6 +92,7 @@ void add_rows(const RoutedTokens<T>& token, const int64_t* listed, int64_t count
 #define ISDAA_INSTANTIATE(T)                                                                                                      \
   template void route_blocks<T>(const RouteBlocks<T>&);                                                                           \
   template void routed_tile<T>(const RoutedTile<T>&);                                                                             \
+  template void finish_block<T>(const RoutedBlock<T>&);                                                                           \
   template void gather_rows<T>(const RoutedTokens<T>&, const int64_t*, int64_t, const T*, int64_t, int64_t, T*, int); \
   template void add_rows<T>(const RoutedTokens<T>&, const int64_t*, int64_t, const T*, int64_t, T*, int);
 ISDAA_INSTANTIATE(float)

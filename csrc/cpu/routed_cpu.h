@@ -7,7 +7,9 @@ namespace isdaa {
 template <typename T>
 void route_blocks(const RouteBlocks<T>& blocks);
 template <typename T>
-void routed_tile(const RoutedTile<T>& tile);  // sums: the whole in its first row
+void routed_tile(const RoutedTile<T>& tile);
+template <typename T>
+void finish_block(const RoutedBlock<T>& block);
 
 // Tokens with route kWeightAndHidden, of which there are `hidden_count`, then those with kWeight.
 void list_tokens(const uint8_t* route, int64_t tokens, int64_t hidden_count, int64_t* listed);

@@ -358,6 +358,27 @@ inline void routed_row(const RoutedTile<double>& p, int64_t i, double* sums) {
   if (i >= p.to_hidden) p.rest[n] = weight;
 }
 
+// The sum of those of x[0, count) that are larger than `limit`.
+inline double sum_above(const float* x, int64_t count, float limit) {
+  constexpr int64_t kGroup = 16 * ISDAA_LANES;
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kGroup) {
+    Float group{};
+    for (int64_t j = begin; j < count && j < begin + kGroup; j += ISDAA_LANES) {
+      const Float v = load(x + j, count - j, 0.0f);
+      group += (Float)((Int)v & (v > limit));
+    }
+    total += sum_lanes(group);
+  }
+  return total;
+}
+
+inline double sum_above(const double* x, int64_t count, double limit) {
+  double total = 0;
+  for (int64_t j = 0; j < count; ++j) total += x[j] > limit ? x[j] : 0.0;
+  return total;
+}
+
 // Routes of one block: its tokens' |coefficient| * mass against the limit, the block's own threshold, and the target.
 template <typename T>
 inline void route_block(const RouteBlocks<T>& p, int64_t b, T* weighted) {
@@ -365,22 +386,19 @@ inline void route_block(const RouteBlocks<T>& p, int64_t b, T* weighted) {
   uint8_t* route = p.route + b * token.tokens;
   T* rest = p.rest + b * token.tokens;
   T high = 0;
-  double total = 0;
   for (int64_t n = 0; n < token.tokens; ++n) {
     const T mass = token.mass(b, n);
     weighted[n] = mass * __builtin_fabs(token.coefficient[n]);
     rest[n] = no_denormal(mass * (token.coefficient[n] * token.slope[n]));
     high = weighted[n] > high ? weighted[n] : high;
-    total += weighted[n];
   }
   T low = high;  // nothing lies above
   if (p.row_share > 0) {
     low = 0;
+    const double wanted = p.row_share * sum_above(weighted, token.tokens, low);
     for (int step = 0; step < kBisections; ++step) {
       const T middle = (low + high) / 2;
-      double above = 0;
-      for (int64_t n = 0; n < token.tokens; ++n) above += weighted[n] > middle ? weighted[n] : T(0);
-      (above >= p.row_share * total ? low : high) = middle;
+      (sum_above(weighted, token.tokens, middle) >= wanted ? low : high) = middle;
     }
   }
   int64_t weight_count = 0, hidden_count = 0;

@@ -175,42 +175,49 @@ class _Walk:
 
     def _block(self, b: int) -> None:
         begin, end = b * self.block, min((b + 1) * self.block, self.problem.V)
-        where_C = torch.arange(begin, end) if self.order_V is None else self.order_V[begin:end]
-        weight_CD = self.weight.load(begin, end)
-        sums_C = torch.zeros(end - begin, dtype=weight_CD.dtype)
-        d_CD = self.d_block_CD[: end - begin].zero_() if self.problem.need_weight else None
-        d_bias_C = torch.zeros_like(sums_C)
-        self.kernels.list_tokens(self.routes, b, self.rows_N)
-        hidden_count = self.routes.hidden_counts[b]
-        for start, stop in spans(self.routes.weight_counts[b], self.T):
+        C, weight_CD = end - begin, self.weight.load(begin, end)
+        d_CD = self.d_block_CD[:C] if self.problem.need_weight else None
+        d_bias_C = None if self.d_bias_V is None else torch.zeros(C, dtype=weight_CD.dtype)
+        self.kernels.begin_block(self.routes, b, self.rows_N)
+        hidden_count, weight_count = self.routes.hidden_counts[b], self.routes.weight_counts[b]
+        if d_CD is not None and weight_count == 0:
+            d_CD.zero_()
+        for start, stop in spans(weight_count, self.T):
             rows_T, to_hidden = self.rows_N[start:stop], max(min(stop, hidden_count) - start, 0)
-            hidden_TD, g_TC = self._gradient(b, rows_T, to_hidden, weight_CD, sums_C)
+            hidden_TD, g_TC = self._gradient(b, rows_T, to_hidden, weight_CD)
             if self.problem.need_hidden and to_hidden:
                 d_rows_TD = torch.mm(g_TC[:to_hidden], weight_CD, out=self.d_rows_TD[:to_hidden])
                 self.kernels.add_rows(d_rows_TD, rows_T, self.d_hidden_ND)
             if d_CD is not None:
-                d_CD.addmm_(g_TC.T, hidden_TD)
-            if self.d_bias_V is not None:
+                torch.mm(g_TC.T, hidden_TD, out=d_CD) if start == 0 else d_CD.addmm_(g_TC.T, hidden_TD)
+            if d_bias_C is not None:
                 d_bias_C += g_TC.sum(0)
-        total = float(sums_C.sum())
-        mean_C = sums_C / total if total > 0 else torch.full_like(sums_C, 1 / len(sums_C))
+        self._finish_block(b, begin, end, weight_CD, d_CD, d_bias_C)
+
+    def _finish_block(
+        self, b: int, begin: int, end: int, weight_CD: Tensor, d_CD: Tensor | None, d_bias_C: Tensor | None
+    ) -> None:
+        """What the block's rows get from the tokens that are not routed to it, and theirs from it."""
+        where_C = torch.arange(begin, end) if self.order_V is None else self.order_V[begin:end]
+        in_place = d_CD is not None and self.d_weight_VD.dtype == d_CD.dtype
+        out_VD = self.d_weight_VD if in_place else None
+        mean_C = self.kernels.finish_block(
+            end - begin, d_CD, self.rest_hidden_BD[b], where_C if in_place else None, out_VD
+        )
+        if d_CD is not None and not in_place:
+            self.d_weight_VD.index_copy_(0, where_C, d_CD.to(self.d_weight_VD.dtype))
         if self.problem.need_hidden:
             torch.mv(weight_CD.T, mean_C, out=self.mean_BD[b])
-        if d_CD is not None:
-            d_CD = self.tokens.upstream.unscale_(d_CD.addr_(mean_C, self.rest_hidden_BD[b]))
-            self.d_weight_VD.index_copy_(0, where_C, d_CD.to(self.d_weight_VD.dtype))
-        if self.d_bias_V is not None:
+        if d_bias_C is not None:
             self.d_bias_V[where_C] = d_bias_C + mean_C * self.rest_sum_B[b]
 
-    def _gradient(
-        self, b: int, rows_T: Tensor, to_hidden: int, weight_CD: Tensor, sums_C: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(hidden [T, D], gradient of its product with the block [T, C]) of tokens routed to it; their distributions join sums_C."""
+    def _gradient(self, b: int, rows_T: Tensor, to_hidden: int, weight_CD: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden [T, D], gradient of its product with the block [T, C]) of tokens routed to it; their distributions join the sum."""
         T, C = len(rows_T), len(weight_CD)
         height = max(T, LEAST_ROWS)
         hidden_TD, product_TC = self.gathered_TD[:height], self.product_TC.view(-1)[: height * C].view(height, C)
         self.kernels.gather(self.plain_ND, rows_T, hidden_TD)
         hidden_TD[T:].zero_()
         torch.mm(hidden_TD, weight_CD.T, out=product_TC)
-        sums_C += self.kernels.gradient(self.routes, b, rows_T, to_hidden, product_TC)
+        self.kernels.gradient(self.routes, b, rows_T, to_hidden, product_TC)
         return hidden_TD[:T], product_TC[:T]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.tiles import RowKernels, native
+from isdaa_kernels.backends.cpu.tiles import RowKernels, address, native
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.routing import Routed, mean_size
 
@@ -71,8 +71,9 @@ class RoutedKernels:
         )
         return BlockRoutes(route_BN, rest_BN, *counts_2B.tolist())
 
-    def list_tokens(self, routes: BlockRoutes, b: int, rows_N: Tensor) -> None:
-        """Writes the tokens routed to block b, those whose hidden state is routed there first."""
+    def begin_block(self, routes: BlockRoutes, b: int, rows_N: Tensor) -> None:
+        """Writes the tokens routed to block b, those whose hidden state is routed there first. The sum of distributions is 0."""
+        self.sums_TC[0].zero_()
         native.list_tokens(
             route=routes.route_BN[b].data_ptr(),
             tokens=len(self.tokens.rows_N),
@@ -93,9 +94,9 @@ class RoutedKernels:
             threads=self.threads,
         )
 
-    def gradient(self, routes: BlockRoutes, b: int, rows_T: Tensor, to_hidden: int, product_TC: Tensor) -> Tensor:
-        """The gradient of the product in its place, and the sum over the tokens of exp(z - block_lse) [C]. The first `to_hidden`
-        tokens are routed here in the gradient of hidden; the mass of the others joins `rest_BN`."""
+    def gradient(self, routes: BlockRoutes, b: int, rows_T: Tensor, to_hidden: int, product_TC: Tensor) -> None:
+        """The gradient of the product in its place; the sum over the tokens of exp(z - block_lse) joins `sums_TC[0]`. The first
+        `to_hidden` tokens are routed here in the gradient of hidden; the mass of the others joins `rest_BN`."""
         C, bias_V = product_TC.shape[1], self.rows.bias_V
         self._native("routed_tile")(
             token=self.token,
@@ -108,10 +109,30 @@ class RoutedKernels:
             entry=self.tokens.entry_N.data_ptr(),
             rest=routes.rest_BN[b].data_ptr(),
             sums=self.sums_TC.data_ptr(),
-            bias=0 if bias_V is None else bias_V[b * self.block :].data_ptr(),
-            inverse_temperature=0 if self.rows.inverse_N is None else self.rows.inverse_N.data_ptr(),
+            bias=address(bias_V, b * self.block),
+            inverse_temperature=address(self.rows.inverse_N),
             threads=self.threads,
             **self.rows.head,
+        )
+
+    def finish_block(
+        self, C: int, d_CD: Tensor | None, rest_hidden_D: Tensor, where_C: Tensor | None, out_VD: Tensor | None
+    ) -> Tensor:
+        """The block's mean distribution [C], which takes the place of the sums. With it the rest joins d_CD, which goes, in the unit of
+        the result, to the rows `where_C` of out_VD; d_CD itself where that is None."""
+        limit, first, second = self.tokens.upstream.unscaling()
+        self._native("finish_block")(
+            sums=self.sums_TC.data_ptr(),
+            columns=C,
+            width=len(rest_hidden_D),
+            gradient=address(d_CD),
+            rest_hidden=rest_hidden_D.data_ptr(),
+            row=address(where_C),
+            out=address(d_CD if out_VD is None else out_VD),
+            limit=limit,
+            first=first,
+            second=second,
+            threads=self.threads,
         )
         return self.sums_TC.view(-1)[:C]
 

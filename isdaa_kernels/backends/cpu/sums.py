@@ -35,14 +35,20 @@ class Upstream:
         relative_N = torch.ldexp(ones_N, exponent_N - self.top)
         self.relative_N = torch.where(exponent_N < self.top - FAINT[self.dtype], 0, relative_N)
 
-    def unscale_(self, total: Tensor) -> Tensor:
-        """total * 2 ** top in place. Results below the smallest normal number are 0: making them would be slow on many processors."""
-        info = torch.finfo(total.dtype)
-        if self.top < -32:
-            limit = min(info.smallest_normal * 2.0 ** min(-self.top, 1000), info.max)
-            torch.ops.aten.hardshrink.out(total, limit, out=total)
+    def unscaling(self) -> tuple[float, float, float]:
+        """(limit, first, second): total * 2 ** top is total * first * second, and 0 up to the limit. Results below the smallest normal
+        number are 0: making them would be slow on many processors."""
+        info = torch.finfo(self.dtype)
+        limit = min(info.smallest_normal * 2.0 ** min(-self.top, 1000), info.max) if self.top < -32 else 0.0
         half = self.top // 2  # in two steps: 2 ** top itself may be no number of this dtype
-        return total.mul_(2.0**half).mul_(2.0 ** (self.top - half)) if self.top else total
+        return limit, 2.0**half, 2.0 ** (self.top - half)
+
+    def unscale_(self, total: Tensor) -> Tensor:
+        """total * 2 ** top in place."""
+        limit, first, second = self.unscaling()
+        if limit:
+            torch.ops.aten.hardshrink.out(total, limit, out=total)
+        return total.mul_(first).mul_(second) if self.top else total
 
 
 def _mantissa(term_N: Tensor, exponent_N: Tensor, finite_N: Tensor) -> Tensor:

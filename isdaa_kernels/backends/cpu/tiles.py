@@ -131,13 +131,13 @@ class RowKernels:
         target_T = self.targets_N[token : token + len(scratch_TC)] - column
         getattr(native, f"forward_tile_{self.suffix}")(
             logits=logits.data_ptr(),
-            row_index=_address(logits_rows_T),
+            row_index=address(logits_rows_T),
             logits_stride=logits.stride(0),
             scratch=scratch_TC.data_ptr(),
             scratch_stride=scratch_TC.stride(0),
             rows=scratch_TC.shape[0],
             columns=scratch_TC.shape[1],
-            kept=_address(kept_TC),
+            kept=address(kept_TC),
             kept_stride=0 if kept_TC is None else kept_TC.stride(0),
             block_lse=0 if block_lse_BT is None else block_lse_BT.data_ptr(),
             block_lse_stride=0 if block_lse_BT is None else block_lse_BT.stride(0),
@@ -164,24 +164,24 @@ class RowKernels:
         target_T = self.targets_N[token : token + count] - column
         getattr(native, f"backward_tile_{self.suffix}")(
             logits=logits.data_ptr(),
-            row_index=_address(logits_rows_T),
+            row_index=address(logits_rows_T),
             logits_stride=logits.stride(0),
             gradient=out.data_ptr(),
-            gradient_index=_address(out_rows_T),
+            gradient_index=address(out_rows_T),
             gradient_stride=out.stride(0),
             rows=count,
             columns=out.shape[1],
-            lse=_address(lse_N, token),
-            coefficient=_address(grad.logprob_N, token),
-            prob=_address(grad.prob_N, token),
-            log_prob=_address(grad.log_prob_N, token),
-            flat=_address(grad.flat_N, token),
-            scale=_address(scale_N, token),
+            lse=address(lse_N, token),
+            coefficient=address(grad.logprob_N, token),
+            prob=address(grad.prob_N, token),
+            log_prob=address(grad.log_prob_N, token),
+            flat=address(grad.flat_N, token),
+            scale=address(scale_N, token),
             **self._tile(token, column, target_T),
         )
 
 
-def _address(tensor: Tensor | None, row: int = 0) -> int:
+def address(tensor: Tensor | None, row: int = 0) -> int:
     """Of the given row; 0, which the kernels take for absence, where there is no tensor."""
     return 0 if tensor is None else tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size()
 
@@ -202,13 +202,13 @@ class State:
 
     def addresses(self, token: int) -> dict:
         return {
-            "running_max": _address(self.max_N, token),
-            "running_sum": _address(self.sum_N, token),
-            "target_logit": _address(self.target_N, token),
-            "entropy_sum": _address(self.entropy_N, token),
-            "square_sum": _address(self.square_N, token),
-            "logit_sum": _address(self.logit_N, token),
-            "top": _address(self.top_NK, token),
+            "running_max": address(self.max_N, token),
+            "running_sum": address(self.sum_N, token),
+            "target_logit": address(self.target_N, token),
+            "entropy_sum": address(self.entropy_N, token),
+            "square_sum": address(self.square_N, token),
+            "logit_sum": address(self.logit_N, token),
+            "top": address(self.top_NK, token),
             "top_k": 0 if self.top_NK is None else self.top_NK.shape[1],
         }
 
