@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from pair_loss_cases import SETTINGS, Settings, assert_equal_to_dense, extreme_sums, fused, in_sums, make_batch, on
+from pair_loss_cases import (
+    FUSED,
+    SETTINGS,
+    Settings,
+    assert_equal_to_dense,
+    extreme_sums,
+    fused,
+    in_sums,
+    make_batch,
+    on,
+)
 from test_device import no_sync
 
 from isdaa_kernels import preference_loss
 from isdaa_kernels.dispatch import Problem, refusal
-from isdaa_kernels.objectives import OBJECTIVES
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -26,7 +35,7 @@ def test_equals_pytorch(device, backend, level, settings):
     assert_equal_to_dense((batch if level == "tokens" else in_sums(batch)).to(device), on(device, settings), backend)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", FUSED)
 def test_extreme_log_ratios_equal_pytorch(device, backend, objective):
     assert_equal_to_dense(extreme_sums().to(device), Settings(objective), backend)
 
