@@ -3,6 +3,7 @@
 from isdaa_kernels.dispatch import NoBackend, Problem
 from isdaa_kernels.explain import explain_backends, plan
 from isdaa_kernels.linear_logprob import linear_logprob, linear_logprob_stats
+from isdaa_kernels.linear_policy_loss import linear_policy_loss
 from isdaa_kernels.linear_preference_loss import linear_preference_loss
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.logprob_from_logits import logprob_from_logits, logprob_stats_from_logits
@@ -11,11 +12,19 @@ from isdaa_kernels.objectives import (
     BatchState,
     ImportanceWeight,
     Objective,
+    SamplerCorrection,
     SelfWeight,
+    chosen_tokens,
+    divergent_tokens,
+    group_advantages,
+    guidance_weight,
     importance_sampled,
+    rto_rewards,
+    step_cu_seqlens,
     weighted_sum,
 )
 from isdaa_kernels.objectives.names import NamedObjective, objective_of
+from isdaa_kernels.policy_loss import PolicyLoss, policy_loss
 from isdaa_kernels.preference_loss import PreferenceLoss, preference_loss
 from isdaa_kernels.routing import Routed
 from isdaa_kernels.sequence_logprob import sequence_logprob
@@ -34,25 +43,35 @@ __all__ = [
     "NoBackend",
     "Objective",
     "Plan",
+    "PolicyLoss",
     "PreferenceLoss",
     "Problem",
     "Routed",
+    "SamplerCorrection",
     "SelfWeight",
     "VocabOrder",
     "VocabStats",
     "check",
+    "chosen_tokens",
+    "divergent_tokens",
     "explain_backends",
+    "group_advantages",
+    "guidance_weight",
     "importance_sampled",
     "linear_logprob",
     "linear_logprob_stats",
+    "linear_policy_loss",
     "linear_preference_loss",
     "logprob_from_logits",
     "logprob_stats_from_logits",
     "make_vocab_order",
     "objective_of",
     "plan",
+    "policy_loss",
     "preference_loss",
+    "rto_rewards",
     "sequence_logprob",
     "shift_targets",
+    "step_cu_seqlens",
     "weighted_sum",
 ]

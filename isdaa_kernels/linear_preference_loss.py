@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from isdaa_kernels.linear_logprob import linear_logprob, linear_logprob_stats
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.objectives import BatchState, Objective, SequenceInputs, Weighting
 from isdaa_kernels.objectives.objective import keyword_defaults
+from isdaa_kernels.packed_batch import check_batch, check_reference, evaluate
 from isdaa_kernels.preference_loss import PreferenceLoss, dense_preference_loss, fused_preference_loss
 from isdaa_kernels.preference_terms import PreferenceTerms, check_preference, check_sequences
 from isdaa_kernels.routing import Routed
-from isdaa_kernels.sequence_logprob import check_cu_seqlens, sequence_length, sequence_logprob, token_place
+from isdaa_kernels.sequence_logprob import sequence_length, sequence_logprob, token_place
 from isdaa_kernels.vocab_order import VocabOrder
 
 
@@ -38,6 +38,7 @@ def linear_preference_loss(
     desirable: Tensor | None = None,
     mismatched: Tensor | None = None,
     token_weight: Tensor | None = None,
+    reference_kl: Tensor | None = None,
     state: BatchState | None = None,
     sample_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
@@ -75,6 +76,8 @@ def linear_preference_loss(
     token_weight       [N] or [1, N], a constant factor for the log-prob of each token in the sums of policy, reference and
                        behaviour (which then must be per token): segment labels of +1 and -1, masks, decays. Counts of
                        tokens do not change. An importance weight is that of the weighted sums.
+    reference_kl       KL(reference || policy) of each token's distribution, per token [N] or [1, N] (what lies at ignored tokens
+                       is not read), or summed per sequence [S]; differentiable.
     temperature, max_scored, gradient, vocab_order, max_workspace_mb, backend, validate    as in `linear_logprob`.
     the others         as in `preference_loss`.
 
@@ -84,11 +87,12 @@ def linear_preference_loss(
     A sequence without scored tokens is empty: its pair has weight 0 and gives no gradient. Raises ValueError for
     arguments other than these, before any work.
     """
-    token_shape = _check_batch(hidden, targets, cu_seqlens, validate)
+    token_shape = check_batch(hidden, targets, cu_seqlens, validate)
     S = cu_seqlens.numel() - 1
     by_sequence = {"rewards": rewards, "opponents": opponents, "desirable": desirable, "mismatched": mismatched}
     check_sequences(S, hidden.device, **by_sequence)
     given = {**by_sequence, "token_weight": token_weight, "behaviour": behaviour_logprob}
+    given |= {"reference_kl": reference_kl}
     given |= {"reference": reference_logprob if reference is None else reference}
     terms = check_preference(
         S,
@@ -104,8 +108,9 @@ def linear_preference_loss(
         state=state,
         **options,
     )
-    _check_reference(reference_logprob, reference, token_shape)
-    for name, logprob in (("reference_logprob", reference_logprob), ("behaviour_logprob", behaviour_logprob)):
+    check_reference(reference_logprob, reference, token_shape, head)
+    by_token_or_sequence = {"reference_logprob": reference_logprob, "behaviour_logprob": behaviour_logprob}
+    for name, logprob in (by_token_or_sequence | {"reference_kl": reference_kl}).items():
         _check_logprob(name, logprob, token_shape, S, hidden.device)
     _check_token_weight(token_weight, token_shape, hidden.device)
     _check_by_token(terms, token_weight is not None, token_shape, reference_logprob, behaviour_logprob, by_sequence)
@@ -115,8 +120,10 @@ def linear_preference_loss(
     kernel |= {"max_workspace_mb": max_workspace_mb, "backend": backend, "validate": validate}
     if reference is not None:
         with torch.no_grad():
-            reference_logprob, _ = _evaluate(*reference, targets, kernel)
-    policy_N, log_sum_sq_prob_N = _evaluate(hidden, head, targets, kernel, "log_sum_sq_prob" in terms.needs)
+            reference_logprob, _ = evaluate(*reference, targets, kernel)
+    squares = ("log_sum_sq_prob",) if "log_sum_sq_prob" in terms.needs else ()
+    policy_N, stats = evaluate(hidden, head, targets, kernel, squares)
+    log_sum_sq_prob_N = stats.log_sum_sq_prob.reshape(-1) if squares else None
     logprobs = _Logprobs(
         policy_N, reference_logprob, behaviour_logprob, log_sum_sq_prob_N, targets.reshape(-1), cu_seqlens, ignore_index
     )
@@ -125,7 +132,7 @@ def linear_preference_loss(
     fused = terms.fused(hidden.device, backend)
     if fused is not None:
         return logprobs.fused_loss(terms, fused)
-    return logprobs.dense_loss(terms, **by_sequence)
+    return logprobs.dense_loss(terms, reference_kl, **by_sequence)
 
 
 @dataclass(frozen=True)
@@ -188,10 +195,13 @@ class _Logprobs:
             ignore_index=self.ignore_index,
         )
 
-    def dense_loss(self, terms: PreferenceTerms, **inputs: Tensor | None) -> PreferenceLoss:
+    def dense_loss(
+        self, terms: PreferenceTerms, reference_kl: Tensor | None, **inputs: Tensor | None
+    ) -> PreferenceLoss:
         scored_N = self.targets_N != self.ignore_index
         reference_S, behaviour_S = (
-            None if logprob is None else self._sums(logprob, scored_N) for logprob in (self.reference, self.behaviour)
+            None if logprob is None else self._sums(logprob.detach(), scored_N)
+            for logprob in (self.reference, self.behaviour)
         )
         log_sum_sq_prob_S, kl_score_S = (
             None if value_N is None else sequence_logprob(value_N, self.cu_seqlens)
@@ -206,6 +216,7 @@ class _Logprobs:
                 behaviour_S,
                 log_sum_sq_prob=log_sum_sq_prob_S,
                 kl_score=kl_score_S,
+                reference_kl=None if reference_kl is None else self._sums(reference_kl, scored_N),
                 **inputs,
             ),
         )
@@ -215,43 +226,8 @@ class _Logprobs:
 
     def _sums(self, logprob: Tensor, scored_N: Tensor) -> Tensor:
         if self._by_token(logprob):
-            return sequence_logprob(logprob.detach().reshape(-1), self.cu_seqlens, mask=scored_N)
-        return logprob.detach()
-
-
-def _evaluate(
-    hidden: Tensor, head: LMHead | Tensor, targets: Tensor, kernel: dict, squares: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Token log-probs [N], and log sum_v p_v^2 of each token [N] where asked for."""
-    head = head if isinstance(head, LMHead) else LMHead(head)
-    transforms = {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
-    if not squares:
-        return linear_logprob(hidden, head.weight, targets, **transforms, **kernel).reshape(-1), None
-    logprob, stats = linear_logprob_stats(
-        hidden, head.weight, targets, stats=("log_sum_sq_prob",), **transforms, **kernel
-    )
-    return logprob.reshape(-1), stats.log_sum_sq_prob.reshape(-1)
-
-
-def _check_batch(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, validate: bool) -> torch.Size:
-    """The shape of the tokens, [N] or [1, N], after checking that the batch is packed."""
-    if hidden.ndim not in (2, 3) or (hidden.ndim == 3 and hidden.shape[0] != 1):
-        raise ValueError(f"hidden: expected [N, D] or [1, N, D], got {list(hidden.shape)}")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets: expected {list(hidden.shape[:-1])}, got {list(targets.shape)}")
-    check_cu_seqlens(cu_seqlens, targets.numel(), hidden.device, validate=validate)
-    return targets.shape
-
-
-def _check_reference(reference_logprob: Tensor | None, reference: tuple | None, token_shape: torch.Size) -> None:
-    if reference_logprob is not None and reference is not None:
-        raise ValueError("reference_logprob, reference: expected one of the two, got both")
-    if reference is None:
-        return
-    if not isinstance(reference, tuple) or len(reference) != 2:
-        raise ValueError(f"reference: expected a tuple (hidden, head), got {type(reference).__name__}")
-    if reference[0].shape[:-1] != token_shape:
-        raise ValueError(f"reference: expected hidden {[*token_shape, 'D']}, got {list(reference[0].shape)}")
+            return sequence_logprob(logprob.reshape(-1), self.cu_seqlens, mask=scored_N)
+        return logprob
 
 
 def _check_token_weight(token_weight: Tensor | None, token_shape: torch.Size, device: torch.device) -> None:

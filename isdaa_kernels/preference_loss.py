@@ -40,6 +40,7 @@ def preference_loss(
     mismatched: Tensor | None = None,
     log_sum_sq_prob: Tensor | None = None,
     kl_score: Tensor | None = None,
+    reference_kl: Tensor | None = None,
     state: BatchState | None = None,
     sample_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
@@ -71,8 +72,9 @@ def preference_loss(
                    0..P-1, rejected P..2P-1. An objective that needs gold takes [P, 3].
     groups         [G, K] int32 or int64, the rows of each group's completions, -1 where it has fewer than K; or K, for
                    equal groups one after the other.
-    rewards, opponents, desirable, mismatched, log_sum_sq_prob, kl_score
-                   what `objectives.objective.NEEDS` says, [S] or [H, S]; no gradient but that of kl_score.
+    rewards, opponents, desirable, mismatched, log_sum_sq_prob, kl_score, reference_kl
+                   what `objectives.objective.NEEDS` says, [S] or [H, S]; no gradient but those of kl_score and
+                   reference_kl.
     state          numbers that last longer than the batch, of the class that the objective names (`BatchState`).
     sample_weight  a constant factor for the loss of each pair [P] (completion, group).
     denominator    what the sum of the losses is divided by; default: the number of pairs (completions, groups). For
@@ -87,7 +89,17 @@ def preference_loss(
     fp64 rounding.
     """
     inputs = SequenceInputs(
-        policy, reference, lengths, behaviour, rewards, opponents, desirable, mismatched, log_sum_sq_prob, kl_score
+        policy,
+        reference,
+        lengths,
+        behaviour,
+        rewards,
+        opponents,
+        desirable,
+        mismatched,
+        log_sum_sq_prob,
+        kl_score,
+        reference_kl,
     )
     if policy.ndim != 1 or not policy.is_floating_point():
         raise ValueError(f"policy: expected a floating tensor [S], got {policy.dtype} {list(policy.shape)}")

@@ -118,6 +118,10 @@ def check_preference(
     """Checks what can be checked before the log-probs exist. `given`: the caller's inputs, by their names in `NEEDS`; `made`: those that
     are made for an objective that needs them."""
     objective = get_objective(objective)
+    if objective.kind == "token":
+        raise ValueError(
+            f"objective: {objective.name!r} is a loss of tokens; expected policy_loss or linear_policy_loss for it"
+        )
     importance = objective.resolve_importance(importance)
     given_options = options if beta is None else {"beta": beta, **options}
     options = objective.resolve_options(given_options)
@@ -126,7 +130,7 @@ def check_preference(
     rows, size = _rows(objective, pairs, groups, S, device)
     _check_token_options(objective, options)
     _check_per_item(objective.kind, size, device, sample_weight=sample_weight, **options)
-    _check_denominator(denominator)
+    check_denominator(denominator)
     options = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
     return PreferenceTerms(size, objective, importance, options, rows, sample_weight, denominator, state)
 
@@ -265,7 +269,7 @@ def _check_per_item(kind: str, size: int, device: torch.device, **values: object
             raise ValueError(f"{name}: expected on {device}, got {value.device}")
 
 
-def _check_denominator(denominator: float | Tensor | None) -> None:
+def check_denominator(denominator: float | Tensor | None) -> None:
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator: expected a scalar, got {list(denominator.shape)}")

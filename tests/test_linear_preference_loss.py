@@ -127,6 +127,7 @@ def more_arguments(objective: Objective) -> dict:
     """What an objective needs beside log-probs, for six sequences."""
     needs = needs_of(objective, objective.importance)
     inputs = {"rewards": SIX, "opponents": torch.stack([SIX - 20, SIX - 19]), "desirable": SIX > 0, "mismatched": SIX}
+    inputs["reference_kl"] = SIX.abs()
     more = {name: value for name, value in inputs.items() if name in needs}
     if objective.kind == "group":
         more["groups"] = 3
@@ -152,7 +153,7 @@ def dense_inputs(batch, objective: Objective) -> dict:
 IN_SUMS = [
     name
     for name, objective in OBJECTIVES.items()
-    if objective.token_weight is None and "token_weight" not in objective.needs
+    if objective.token_weight is None and "token_weight" not in objective.needs and objective.kind != "token"
 ]
 
 
@@ -361,7 +362,7 @@ def test_equal_policies_have_weight_one_to_the_last_bit(backend):
 
 
 def test_reference_receives_no_gradient_and_builds_no_graph(monkeypatch):
-    batch, module, grad_enabled = make_batch(), import_module("isdaa_kernels.linear_preference_loss"), []
+    batch, module, grad_enabled = make_batch(), import_module("isdaa_kernels.packed_batch"), []
     kernel = module.linear_logprob
 
     def recording(*arguments, **options):

@@ -9,12 +9,14 @@ import inspect
 import math
 import re
 import textwrap
+from collections import defaultdict
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from objective_cases import STANDARD, Golden, sample
 
+from isdaa_kernels.linear_policy_loss import linear_policy_loss
 from isdaa_kernels.linear_preference_loss import linear_preference_loss
 from isdaa_kernels.objectives import (
     FAMILIES,
@@ -29,8 +31,9 @@ from isdaa_kernels.objectives import (
     token_weighted,
     weighted_sum,
 )
-from isdaa_kernels.objectives.objective import KINDS, NEEDS, keyword_defaults
+from isdaa_kernels.objectives.objective import KINDS, NEEDS, REDUCTIONS, keyword_defaults
 from isdaa_kernels.objectives.tokens import tail_weight
+from isdaa_kernels.policy_loss import policy_loss
 from isdaa_kernels.preference_loss import preference_loss
 from isdaa_kernels.preference_terms import columns_of, needs_of
 
@@ -39,8 +42,12 @@ GOLDEN: list[Golden] = [
 ]
 BASES = {name: objective for name, objective in OBJECTIVES.items() if not name.startswith("is_")}
 PAIRWISE = {name: objective for name, objective in BASES.items() if objective.kind == "pair"}
+OF_TOKENS = {name: objective for name, objective in BASES.items() if objective.kind == "token"}
+OF_SEQUENCES = {name: objective for name, objective in OBJECTIVES.items() if name not in OF_TOKENS}
 # Those that weigh tokens are the ones they are made from, once tokens are summed.
-IN_SUMS = {name: objective for name, objective in BASES.items() if objective.token_weight is None}
+IN_SUMS = {
+    name: objective for name, objective in BASES.items() if objective.token_weight is None and name in OF_SEQUENCES
+}
 
 
 def batch_of(objective: Objective, inputs: SequenceInputs, groups=None):
@@ -55,16 +62,21 @@ def split(arguments: dict) -> tuple[dict, dict]:
     return {n: v for n, v in arguments.items() if n in names}, {n: v for n, v in arguments.items() if n not in names}
 
 
-def run(objective: Objective, arguments: dict, **options):
-    """(loss, gradient of the policy)"""
+def run(objective: Objective, arguments: dict, by: str | None = None, **options):
+    """(loss, gradient by the policy, or by another input)"""
     tensors = dict(arguments)
-    policy = tensors.pop("policy").clone().requires_grad_()
+    by = by or ("logprob" if objective.kind == "token" else "policy")
+    leaf = tensors[by] = tensors[by].clone().requires_grad_()
+    if objective.kind == "token":
+        loss, _ = policy_loss(**tensors, objective=objective, **options)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), grad
     if objective.token_weight is not None:  # in sums its tokens are weighted already
         objective = replace(objective, token_weight=None, defaults={"beta": 0.1})
     if "token_weight" in objective.needs:
         objective = replace(objective, needs=objective.needs - {"token_weight"})
-    loss, _ = preference_loss(policy, objective=objective, **tensors, **options)
-    (grad,) = torch.autograd.grad(loss, policy)
+    loss, _ = preference_loss(**tensors, objective=objective, **options)
+    (grad,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), grad
 
 
@@ -74,7 +86,7 @@ def run(objective: Objective, arguments: dict, **options):
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row.objective}-{row.options}")
 def test_golden_row(row):
     arguments, options = row.tensors(), row.arguments()
-    loss, grad = run(get_objective(options.pop("objective")), arguments, **options)
+    loss, grad = run(get_objective(options.pop("objective")), arguments, row.by, **options)
     assert loss.item() == pytest.approx(row.loss, rel=1e-6, abs=1e-9)
     torch.testing.assert_close(grad, torch.tensor(row.gradient, dtype=torch.float64), rtol=1e-6, atol=1e-12)
 
@@ -84,6 +96,7 @@ OF_ONE_PAIR = [
     row
     for row in GOLDEN
     if f"is_{row.objective}" in OBJECTIVES
+    and row.by is None
     and row.tensors()["policy"].numel() == columns_of(OBJECTIVES[row.objective])
     and "reference" in row.tensors()
 ]
@@ -105,7 +118,9 @@ def test_golden_row_with_the_importance_weight(row):
 def test_every_objective_has_golden_rows_at_its_defaults_and_with_options():
     for name, objective in BASES.items():
         rows = [row for row in GOLDEN if row.objective == name]
-        assert any(row.options.keys() <= {"state"} for row in rows), f"{name}: no golden row at the defaults"
+        assert any(row.options.keys() <= {"state", "max_length"} for row in rows), (
+            f"{name}: no golden row at the defaults"
+        )
         if objective.defaults:
             assert any(row.options for row in rows) or len(rows) > 1, f"{name}: one golden row alone"
 
@@ -128,9 +143,9 @@ def test_golden_rows_see_every_option(name, option):
     for row in (row for row in GOLDEN if row.objective in alike and option in row.options):
         own, options = BASES[row.objective], row.arguments()
         options.pop("objective")
-        loss, grad = run(own, row.tensors(), **options)
+        loss, grad = run(own, row.tensors(), row.by, **options)
         default = {option: own.defaults[option]} if own.defaults[option] is not None else {}
-        other, other_grad = run(own, row.tensors(), **{n: v for n, v in options.items() if n != option}, **default)
+        other, other_grad = run(own, row.tensors(), row.by, **{n: v for n, v in options.items() if n != option}, **default)
         seen.append(not torch.allclose(loss, other, rtol=1e-6) or not torch.allclose(grad, other_grad, rtol=1e-6))
     assert any(seen), f"{name}: no golden row sees {option}"
 
@@ -146,12 +161,12 @@ def test_registry_rules(name):
     assert objective.needs <= set(NEEDS)
     assert objective.kind in KINDS.values()
     assert objective.source
-    assert objective.formula.endswith({"pair": "[P].", "completion": "[S].", "group": "[G]."}[objective.kind])
+    ends = {"pair": "[P].", "completion": "[S].", "group": "[G].", "token": "[N]."}
+    assert objective.formula.endswith(ends[objective.kind])
+    assert (objective.reduction in REDUCTIONS) == (objective.kind == "token")
     assert objective.resolve_options({}) == objective.defaults
-    arguments = (
-        inspect.signature(linear_preference_loss).parameters.keys()
-        | inspect.signature(preference_loss).parameters.keys()
-    )
+    both = (policy_loss, linear_policy_loss) if name in OF_TOKENS else (preference_loss, linear_preference_loss)
+    arguments = {parameter for function in both for parameter in inspect.signature(function).parameters}
     assert not set(objective.defaults) & (arguments - {"beta"})
     numbers = {n: v for n, v in objective.defaults.items() if v is not None and not isinstance(v, torch.Tensor)}
     assert objective.resolve_options(numbers) == objective.defaults
@@ -179,7 +194,7 @@ def test_importance_sampled_keeps_the_formula_of_its_base(name):
     assert weighted.importance == ImportanceWeight()
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [name for name in BASES if name in OF_SEQUENCES])
 def test_what_is_needed_is_missed_and_what_is_not_is_refused(name):
     objective, arguments = BASES[name], sample(BASES[name])
     if objective.token_weight is not None or "token_weight" in objective.needs:
@@ -193,7 +208,7 @@ def test_what_is_needed_is_missed_and_what_is_not_is_refused(name):
             preference_loss(**{**arguments, need: None}, objective=name)
     policy = arguments["policy"]
     others = {"rewards": policy, "desirable": policy > 0, "mismatched": policy, "kl_score": policy}
-    others |= {"log_sum_sq_prob": policy, "opponents": policy[None], "behaviour": policy}
+    others |= {"reference_kl": policy, "log_sum_sq_prob": policy, "opponents": policy[None], "behaviour": policy}
     for other, value in others.items():
         if other not in needs:
             with pytest.raises(ValueError, match=f"{other}: '{name}' would ignore it"):
@@ -205,6 +220,7 @@ def test_what_is_needed_is_missed_and_what_is_not_is_refused(name):
 
 # The gradient that is meant leaves out what these hold constant (the scale that minimises a pair's own loss); golden rows have it.
 HOLD_CONSTANT = {"ada_dpo"}
+CONSTANT_IN = defaultdict(set, {"tdpo2": {"reference_kl"}})
 
 
 @pytest.mark.parametrize("name", [name for name in IN_SUMS if name not in HOLD_CONSTANT])
@@ -212,25 +228,25 @@ def test_gradcheck(name):
     objective = BASES[name]
     tensors, rest = split(sample(objective, items=3, seed=5))
     policy = tensors.pop("policy")
-    kl_score = tensors.pop("kl_score", None)
+    names = [
+        name for name in ("kl_score", "reference_kl") if name in tensors and name not in CONSTANT_IN[objective.name]
+    ]
+    others = [tensors.pop(name).requires_grad_() for name in names]
     options = objective.resolve_options({})
     if "state" in rest:
         options |= rest["state"](batch_of(objective, SequenceInputs(policy, **tensors)))
 
-    def loss(policy, kl_score=None):
-        batch = batch_of(objective, SequenceInputs(policy, **tensors, kl_score=kl_score), rest.get("groups"))
-        return objective.loss(batch, options)
+    def loss(policy, *others):
+        inputs = SequenceInputs(policy, **tensors, **dict(zip(names, others, strict=True)))
+        return objective.loss(batch_of(objective, inputs, rest.get("groups")), options)
 
-    leaves = (policy.requires_grad_(),)
-    if kl_score is not None:
-        leaves += (kl_score.requires_grad_(),)
-    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradcheck(loss, (policy.requires_grad_(), *others))
 
 
 EXTREMES = (0.0, 1e4, -1e4, 700.0, -700.0)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", OF_SEQUENCES)
 def test_log_ratios_beyond_all_bounds_leave_loss_and_gradient_finite(name):
     objective = OBJECTIVES[name]
     for chosen in EXTREMES:

@@ -16,33 +16,53 @@ NAMES = {
     "NoBackend",
     "Objective",
     "Plan",
+    "PolicyLoss",
     "PreferenceLoss",
     "Problem",
     "Routed",
+    "SamplerCorrection",
     "SelfWeight",
     "VocabOrder",
-    "make_vocab_order",
     "VocabStats",
     "check",
+    "chosen_tokens",
+    "divergent_tokens",
     "explain_backends",
+    "group_advantages",
+    "guidance_weight",
     "importance_sampled",
     "linear_logprob",
     "linear_logprob_stats",
+    "linear_policy_loss",
     "linear_preference_loss",
     "logprob_from_logits",
     "logprob_stats_from_logits",
+    "make_vocab_order",
     "objective_of",
     "plan",
+    "policy_loss",
     "preference_loss",
+    "rto_rewards",
     "sequence_logprob",
     "shift_targets",
+    "step_cu_seqlens",
     "weighted_sum",
 }
 
 
 def test_names():
     assert set(isdaa_kernels.__all__) == NAMES
-    assert set(isdaa_kernels.OBJECTIVES) >= {"dpo", "ipo", "ipo_mean", "slic", "is_dpo", "is_slic", "simpo", "exo_rw"}
+    assert set(isdaa_kernels.OBJECTIVES) >= {
+        "dpo",
+        "ipo",
+        "ipo_mean",
+        "slic",
+        "is_dpo",
+        "is_slic",
+        "simpo",
+        "exo_rw",
+        "grpo",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"OBJECTIVES"}))

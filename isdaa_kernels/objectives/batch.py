@@ -1,7 +1,8 @@
 """What an objective sees of a batch: log-probs of pairs, of single completions or of groups, fp64 on any device.
 
 Letters: P preference pairs, S completions, G groups of at most K completions, H earlier policies. All log-probs are sums over the scored
-tokens of a completion, in nats. Only `policy` and `kl_score` carry a gradient. A field is there when the objective `needs` it.
+tokens of a completion, in nats. Only `policy`, `kl_score` and `reference_kl` carry a gradient. A field is there when the objective
+`needs` it.
 
 An item that does not count (an empty completion in it) has log-probs 0 and lengths 1, so that no formula meets inf or NaN for it, and
 False in `present`: a formula that looks at the whole batch leaves it out.
@@ -43,7 +44,7 @@ class Gold(NamedTuple):
 class PairLogprob:
     """`reference` is None for an objective without one: log-ratios are the log-probs then. `behaviour` is the policy that wrote the
     completions; it enters importance weights and never the margin. `opponents` are earlier policies, the newest first.
-    `log_sum_sq_prob` is the sum over a completion's tokens of log sum_v p_v^2."""
+    `log_sum_sq_prob` is the sum over a completion's tokens of log sum_v p_v^2, `reference_kl` that of KL(reference || policy)."""
 
     policy: Pair
     reference: Pair | None = None
@@ -53,6 +54,7 @@ class PairLogprob:
     log_sum_sq_prob: Pair | None = None
     gold: Gold | None = None
     present: Tensor | None = None  # bool [P]; None: all
+    reference_kl: Pair | None = None
 
     @property
     def log_ratio(self) -> Pair:
@@ -137,6 +139,7 @@ class SequenceInputs:
     mismatched: Tensor | None = None
     log_sum_sq_prob: Tensor | None = None
     kl_score: Tensor | None = None
+    reference_kl: Tensor | None = None
 
     def given(self) -> frozenset[str]:
         """Names of the tensors that there are beside the policy."""
@@ -172,6 +175,7 @@ class SequenceInputs:
             pair(take(_constant(self.log_sum_sq_prob))),
             None if gold is None else Gold(*gold),
             present_P,
+            pair(take(self.reference_kl)),
         )
 
     def completions(self) -> CompletionLogprob:

@@ -53,14 +53,14 @@ def pair_metrics(pair: PairLogprob, weight: PairWeight, loss_P: Tensor, nonempty
         "weight/max": largest,
         "weight/clipped_frac": mean(weight.clipped.double()),
         "weight/vanished_frac": mean((weight_P < VANISHED).double()),
-        "weight/ess": _effective_sample_size(weight_P, largest),
+        "weight/ess": effective_sample_size(weight_P, largest),
         "log_weight/mean": mean(weight.log_ratio),
         "kl/mean": -mean(a_P + b_P) / 2,
         "empty_pairs/count": (~nonempty_P).sum(),
     }
     if pair.reference is None:
         del metrics["kl/mean"]
-    return _to_float(metrics)
+    return to_float(metrics)
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def completion_metrics(batch: CompletionLogprob, loss_S: Tensor, nonempty_S: Ten
         metrics["undesirable/mean"] = mean_of_present(log_ratio_S, nonempty_S & ~batch.desirable)
     if batch.reference is not None:
         metrics["kl/mean"] = -mean(log_ratio_S)
-    return _to_float(metrics | {"empty_completions/count": (~nonempty_S).sum()})
+    return to_float(metrics | {"empty_completions/count": (~nonempty_S).sum()})
 
 
 @torch.no_grad()
@@ -104,14 +104,14 @@ def group_metrics(batch: GroupLogprob, loss_G: Tensor, nonempty_G: Tensor) -> di
         metrics["accuracy/frac"] = mean((best.any(-1) & (likeliest.sum(-1) == 1)).double())
     if batch.reference is not None:
         metrics["kl/mean"] = -mean(log_ratio)
-    return _to_float(metrics | {"empty_groups/count": (~nonempty_G).sum()})
+    return to_float(metrics | {"empty_groups/count": (~nonempty_G).sum()})
 
 
-def _to_float(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_float(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() for name, value in metrics.items()}
 
 
-def _effective_sample_size(weight_P: Tensor, largest: Tensor) -> Tensor:
+def effective_sample_size(weight_P: Tensor, largest: Tensor) -> Tensor:
     """(sum w)^2 / sum w^2, 0 where all weights are; over the largest first, or small squares would underflow."""
     tiny = torch.finfo(weight_P.dtype).tiny
     scaled_P = weight_P / largest.clamp(min=tiny)

@@ -10,6 +10,7 @@ from isdaa_kernels.objectives.batch import CompletionLogprob, GroupLogprob, Pair
 from isdaa_kernels.objectives.importance import ImportanceWeight, Weighting
 from isdaa_kernels.objectives.options import ANY_NUMBER, DOMAINS, Domain
 from isdaa_kernels.objectives.state import BatchState
+from isdaa_kernels.objectives.token_batch import LOG_RATIOS, TokenLogprob
 
 # What an objective can ask the caller for beyond the policy's sums: the name of the argument, and what it holds.
 NEEDS = {
@@ -24,10 +25,22 @@ NEEDS = {
     "kl_score": "[S] sums over the tokens of stopgrad(log-ratio) * log-prob",
     "token_weight": "[N], a factor for each token's log-prob",
     "gold": "a third completion of each pair: pairs [P, 3], or sequences chosen, rejected, gold",
+    "reference_kl": "[S] sums over the tokens of KL(reference || policy), differentiable",
+    "advantages": "[S], one number a completion, or [N], one a token",
+    "values": "[N], what a critic expects of the rest of the completion",
 }
 
 # What a function computes a loss for, by the record that it takes.
-KINDS = {PairLogprob: "pair", CompletionLogprob: "completion", GroupLogprob: "group"}
+KINDS = {PairLogprob: "pair", CompletionLogprob: "completion", GroupLogprob: "group", TokenLogprob: "token"}
+
+# How losses of tokens become one number: what each token's is multiplied by before all are summed, and what they are divided by then.
+REDUCTIONS = {
+    "token_mean": "the mean over tokens",
+    "batch_token_mean": "the mean over the tokens of the call, then over calls",
+    "sequence_mean": "the mean over the tokens of a completion, then over completions",
+    "sequence_sum": "the sum over the tokens of a completion, then the mean over completions",
+    "max_length": "the sum over the tokens of a completion by max_length, then the mean over completions",
+}
 
 
 def declare(
@@ -38,14 +51,19 @@ def declare(
     state_required: bool = False,
     whole_batch: bool = False,
     instead: Mapping[str, str] | None = None,
+    reduction: str | None = None,
+    ratio: str = "token",
+    own_correction: bool = False,
     **domains: Domain,
 ) -> Callable[[Callable], Callable]:
     """Decorator: states beside the formula what it needs beyond the policy's sums, where it was published (authors, year, arXiv), the
     published systems whose loss it is, what keeps its numbers from step to step, whether the loss of an item depends on the others of the
-    batch, options that stand for a need, and domains of options that differ from `DOMAINS`."""
+    batch, options that stand for a need, what `Objective` says of a loss of tokens, and domains of options that differ from `DOMAINS`."""
 
     def decorate(function: Callable) -> Callable:
         assert set(needs) <= set(NEEDS), f"{function.__name__}: unknown need in {needs}"
+        assert reduction is None or reduction in REDUCTIONS, f"{function.__name__}: unknown reduction {reduction}"
+        assert ratio in LOG_RATIOS, f"{function.__name__}: unknown ratio {ratio}"
         function.declared = {
             "needs": frozenset(needs),
             "source": source,
@@ -54,6 +72,9 @@ def declare(
             "state_required": state_required,
             "whole_batch": whole_batch,
             "instead": instead or {},
+            "reduction": reduction,
+            "ratio": ratio,
+            "own_correction": own_correction,
             "domains": domains,
         }
         return function
@@ -65,8 +86,8 @@ def declare(
 class Objective:
     """A loss: `function(batch, **options) -> one loss an item`, without reduction, state or device code.
 
-    kind       what an item is: a `pair` (the function takes a `PairLogprob`), a `completion` (`CompletionLogprob`) or a `group`
-               (`GroupLogprob`).
+    kind       what an item is: a `pair` (the function takes a `PairLogprob`), a `completion` (`CompletionLogprob`), a `group`
+               (`GroupLogprob`) or a `token` (`TokenLogprob`).
     defaults   the keyword options of the function, and of `token_weight`.
     importance the weight that multiplies a pair's loss unless the caller gives another; None: not weighted.
     token_weight
@@ -76,6 +97,10 @@ class Objective:
     whole_batch
                the loss of an item depends on the others of its call, so that micro-batches are another loss than their union.
     instead    option -> what it makes needless where it is given.
+    reduction  of a loss of tokens: how they become one number, of `REDUCTIONS`, unless the caller says otherwise.
+    ratio      of a loss of tokens: the ratio to the old policy that it looks at, of `token_batch.LOG_RATIOS`, for the metrics.
+    own_correction
+               of a loss of tokens: its formula has the correction for the sampler in it, which else is a factor on the loss.
     """
 
     name: str
@@ -93,6 +118,9 @@ class Objective:
     instead: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     systems: tuple[str, ...] = ()
+    reduction: str | None = None
+    ratio: str = "token"
+    own_correction: bool = False
 
     @property
     def importance_weighted(self) -> bool:
@@ -167,7 +195,9 @@ class Objective:
         own = {n: v for n, v in settings.items() if n in known}
         return self.state(**{**{n: v for n, v in options.items() if n in known}, **own})
 
-    def loss(self, batch: PairLogprob | CompletionLogprob | GroupLogprob, options: Mapping[str, object]) -> Tensor:
+    def loss(
+        self, batch: PairLogprob | CompletionLogprob | GroupLogprob | TokenLogprob, options: Mapping[str, object]
+    ) -> Tensor:
         """One loss an item, `options` being those of `resolve_options`."""
         of_tokens = {} if self.token_weight is None else keyword_defaults(self.token_weight)
         return self.function(batch, **{name: value for name, value in options.items() if name not in of_tokens})

@@ -75,4 +75,17 @@ DOMAINS: Mapping[str, Domain] = {
     "gap_slope": POSITIVE,  # how fast they do
     "largest_factor": number("a finite number above 1", lambda value: value > 1),  # of the reward gap
     "least_factor": number("a number in (0, 1)", lambda value: 0 < value < 1),  # of the reward gap
+    "kl_weight": NONNEGATIVE,  # of the divergence from the reference
+    "clip_low": SHARE,  # how far below 1 a ratio of probabilities may be before it has no gradient
+    "clip_high": NONNEGATIVE,  # how far above 1
+    "log_clip": NONNEGATIVE,  # how far from 0 its logarithm may be
+    "ratio_cap": optional(POSITIVE),  # the most that such a ratio counts as; None: no bound
+    "positive_temperature": POSITIVE,  # of the gate on the ratio of a token whose advantage is above 0
+    "negative_temperature": POSITIVE,  # of the others
+    "positive_power": NONNEGATIVE,  # of the ratio in the weight of a completion whose advantage is at least 0
+    "positive_rate": NONNEGATIVE,  # at which that weight falls with the ratio
+    "negative_power": NONNEGATIVE,  # of the others
+    "negative_rate": NONNEGATIVE,  # of the others
+    "advantage": ANY_NUMBER,  # of a step, over what its state was worth
+    "advantage_scale": POSITIVE,  # what an advantage is divided by
 }  # fmt: skip

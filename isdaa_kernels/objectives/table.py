@@ -6,7 +6,7 @@ from types import ModuleType
 
 from isdaa_kernels.objectives import FAMILIES, Objective
 from isdaa_kernels.objectives.library_names import NAMES, NOT_COVERED, READ, SETTINGS, Name, Option, Setting
-from isdaa_kernels.objectives.objective import NEEDS
+from isdaa_kernels.objectives.objective import NEEDS, REDUCTIONS
 
 INTRODUCTION = """\
 # Objectives
@@ -20,17 +20,32 @@ loss, metrics = preference_loss(policy, reference, objective="exo", beta=0.2)
 loss, metrics = linear_preference_loss(hidden, head, targets, cu_seqlens, reference_logprob=reference_logprob, objective="is_dpo")
 ```
 
+Losses of tokens, from advantages and ratios to the policy that the step started from, are those of `policy_loss`:
+
+```python
+from isdaa_kernels import group_advantages, linear_policy_loss
+
+advantages = group_advantages(rewards, 8)      # eight completions a prompt
+loss, metrics = linear_policy_loss(hidden, head, targets, cu_seqlens, advantages=advantages, old_logprob=old_logprob, objective="dapo")
+```
+
 This page is printed by `python -m isdaa_kernels.objectives` from the docstrings, where sources, gradients and other readings are in full.
 
-- **Kinds.** An item is a preference pair ([P] at the end of a formula), a single completion ([S]) or a group of completions of one prompt
-  ([G]; pass `groups`).
+- **Kinds.** An item is a preference pair ([P] at the end of a formula), a single completion ([S]), a group of completions of one prompt
+  ([G]; pass `groups`) or a token ([N]: `policy_loss`). How losses of tokens become one number is said behind the formula, and may be
+  chosen (`reduction`).
 - **Letters.** a and b are the log-ratios to the reference of the chosen and the rejected completion, Delta = a - b; logp_w, logp_l and
   logp_g the log-probs of the chosen, the rejected and the gold completion, m_w, m_l and m_g the same in nats per token; l the log-ratio of
-  a single completion; of a group a are the log-ratios and r the rewards; |chosen| is the number of scored tokens; LS the log-sigmoid, S
+  a single completion, l_t that of a token; of a group a are the log-ratios and r the rewards; rho is the ratio of a token's probabilities
+  under the policy and the old one, A its advantage, logp its log-prob; |chosen| is the number of scored tokens; LS the log-sigmoid, S
   the sigmoid. Log-probs are sums over tokens unless the formula says otherwise.
-- **Needs.** What a call must have beyond the sums of the policy. `linear_preference_loss` makes lengths, log_sum_sq_prob and kl_score
-  itself.
-- **Options** are keyword arguments: numbers, or tensors with one value an item. An option that an objective does not have is refused.
+- **Needs.** What a call must have beyond the sums of the policy, or the log-probs of its tokens. `linear_preference_loss` makes lengths,
+  log_sum_sq_prob and kl_score itself. Advantages are never made inside an objective: `group_advantages` makes them from rewards.
+- **Beside a loss of tokens** there are arguments of `policy_loss`, the same for all: the divergence from the reference (`kl_weight`), the
+  entropy bonus (`entropy_weight`), the correction for the sampler (`correction=SamplerCorrection(...)`, truncated or masked importance
+  sampling), `off_policy_threshold` and `token_weight`.
+- **Options** are keyword arguments: numbers, or, but for losses of tokens, tensors with one value an item. An option that an objective
+  does not have is refused.
 - **Importance weights.** Each pairwise objective without a weight has a form `is_<name>` whose pair losses are multiplied by the clipped
   importance ratio of the pair (`importance=ImportanceWeight(...)`), the weight of IS-DAA. `wpo` has a weight of its own.
 - **States.** What lasts longer than a batch, or needs the other ranks, is a module that is passed as `state=`. Where it is optional, its
@@ -72,8 +87,6 @@ BY_AN_ARGUMENT = {
     "DNO-Prct": "`dpo` with the policy of the iteration before as reference",
     "TR-DPO": "any objective with a reference; the caller moves the reference",
     "RSO": "`slic` or `dpo` on completions chosen by rejection sampling",
-    "TGDPO": "`dpo` with `token_weight` 1 + alpha beta r for chosen and 1 - alpha beta r for rejected tokens, r their frozen reward",
-    "MCTS-DPO": "`dpo`, `ipo` or cDPO with `token_weight` 0 before the first token that differs, and `label_smoothing` a pair",
     "Egida": "`dpo` on 2000 pairs; the work is in the data",
     "More is Less": "`dpo`; the work is in the data",
     "Insights into Alignment": "an evaluation of `dpo`, `ipo`, `kto` and `cpo`",
@@ -83,21 +96,13 @@ BY_AN_ARGUMENT = {
     "Survey of DPO": "a survey",
 }
 _IMAGES = "steps of a diffusion or a flow, not tokens"
-_RL = (
-    "a loss of tokens or steps with advantages, a critic or ratios to the sampling policy; losses of tokens are to come"
-)
 NOT_HERE = {
     "D3PO": _IMAGES,
     "Diffusion-DRO": _IMAGES,
     "DSO": _IMAGES,
     "AWM": _IMAGES,
     "CPO (condition)": _IMAGES,
-    "DAPO (direct advantage)": _RL,
-    "OREO": _RL,
-    "RTO": _RL,
-    "PDPPO": _RL,
-    "Multi-objective GRPO": _RL,
-    "TDPO": "its gradient goes through the divergence over the whole vocabulary at each token",
+    "PDPPO": "reinforcement learning with two critics in simulated environments; the policy's part is `ppo`",
     "OFS-DPO": "its regulariser between a fast and a slow adapter was not found written down",
     "OptiDICE": "a method of offline reinforcement learning without a loss of a language model",
     "OPPO": "a method of reinforcement learning without a loss of a language model",
@@ -166,6 +171,8 @@ def _formula(objective: Objective) -> str:
         text += f", the log-prob of each token of {of} times {factor}"
     if "token_weight" in objective.needs:
         text += ", the log-prob of each token times its token_weight"
+    if objective.reduction is not None:
+        text += f": {REDUCTIONS[objective.reduction]}"
     if objective.importance is not None:
         text = f"w ({text}), {_first_paragraph(type(objective.importance)).removesuffix('.')}"
     return f"{text}; {item}"

@@ -1,0 +1,106 @@
+"""Hidden states and an LM head -> the loss of an objective of tokens, without the logits.
+
+Letters: N tokens of a packed batch, D hidden size, V vocabulary, S completions.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from isdaa_kernels.lm_head import LMHead
+from isdaa_kernels.objectives import Objective, SamplerCorrection
+from isdaa_kernels.packed_batch import check_batch, check_reference, evaluate
+from isdaa_kernels.policy_loss import PolicyLoss, TokenInputs, check_policy
+from isdaa_kernels.routing import Routed
+from isdaa_kernels.stats import VocabStats
+from isdaa_kernels.vocab_order import VocabOrder
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    advantages: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    reference_logprob: Tensor | None = None,
+    reference: tuple[Tensor, LMHead | Tensor] | None = None,
+    sampler_logprob: Tensor | None = None,
+    objective: str | Objective = "grpo",
+    reduction: str | None = None,
+    max_length: int | None = None,
+    denominator: float | Tensor | None = None,
+    token_weight: Tensor | None = None,
+    correction: SamplerCorrection | None = None,
+    off_policy_threshold: float | None = None,
+    kl_weight: float = 0.0,
+    kl_corrected: bool = False,
+    token_kl: Tensor | None = None,
+    entropy_weight: float = 0.0,
+    monitors: Sequence[str] = (),
+    top_k: int = 20,
+    values: Tensor | None = None,
+    rewards: Tensor | None = None,
+    step_cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    max_scored: int | None = None,
+    gradient: Literal["exact"] | Routed = "exact",
+    vocab_order: VocabOrder | None = None,
+    max_workspace_mb: float | None = None,
+    backend: str | None = None,
+    validate: bool = False,
+    **options: object,
+) -> PolicyLoss:
+    """The loss of an objective of tokens over packed completions, from their hidden states.
+
+    Equal to::
+
+        logprob, stats = linear_logprob_stats(hidden, head.weight, targets, stats=monitors, ...)      # [N]
+        loss, metrics = policy_loss(logprob, cu_seqlens, mask=targets != ignore_index, stats=stats, objective=objective, ...)
+
+    The [N, V] logits are never allocated; one coefficient a token, and one for its entropy where entropy_weight is above 0, enters the
+    backward of `linear_logprob`.
+
+    hidden         [N, D] or [1, N, D]; differentiable, as are the head's weight and bias.
+    head           an `LMHead`, or its weight [V, D].
+    targets        [N] or [1, N], shifted already (`shift_targets`); `ignore_index` marks tokens that are not scored.
+    cu_seqlens     [S + 1] int32 or int64, where completions start (with their prompts, which are not scored), and N.
+    reference_logprob
+                   [N] or [1, N]. Or `reference`: (hidden, head) of the reference model, of the same vocabulary, evaluated here without
+                   gradient, with the options of the policy.
+    monitors       statistics of the vocabulary for the metrics, of `linear_logprob_stats`, made in the same pass: "entropy", "top_k_mass",
+                   "top_k_entropy". Those that are not in the loss come without gradient. top_k as there.
+    temperature    that of the sampler, as in `linear_logprob`; max_scored, gradient, vocab_order, max_workspace_mb, backend, validate, too.
+    the others     as in `policy_loss`.
+
+    A completion without scored tokens is empty and gives no gradient. Raises ValueError for arguments other than these, before any work.
+    """
+    token_shape = check_batch(hidden, targets, cu_seqlens, validate)
+    N, S = token_shape.numel(), cu_seqlens.numel() - 1
+    wanted = tuple(monitors) if entropy_weight == 0 or "entropy" in monitors else (*monitors, "entropy")
+    inputs = {
+        "advantages": advantages, "old_logprob": old_logprob, "reference_logprob": reference_logprob, "values": values,
+        "sampler_logprob": sampler_logprob, "rewards": rewards, "token_kl": token_kl, "token_weight": token_weight,
+        "step_cu_seqlens": step_cu_seqlens,
+    }  # fmt: skip
+    # what the kernel makes is not there yet
+    to_come = VocabStats(entropy=hidden) if "entropy" in wanted else None
+    terms = check_policy(
+        N, S, hidden.device, TokenInputs(None, cu_seqlens, stats=to_come, **inputs), objective=objective, reduction=reduction,
+        max_length=max_length, denominator=denominator, correction=correction, off_policy_threshold=off_policy_threshold,
+        kl_weight=kl_weight, kl_corrected=kl_corrected, entropy_weight=entropy_weight, made_reference=reference is not None, **options,
+    )  # fmt: skip
+    check_reference(reference_logprob, reference, token_shape, head)
+
+    kernel = {"temperature": temperature, "ignore_index": ignore_index, "max_scored": max_scored}
+    kernel |= {"gradient": gradient, "vocab_order": vocab_order}
+    kernel |= {"max_workspace_mb": max_workspace_mb, "backend": backend, "validate": validate}
+    if reference is not None:
+        with torch.no_grad():
+            inputs["reference_logprob"], _ = evaluate(*reference, targets, kernel)
+    policy_N, stats = evaluate(hidden, head, targets, kernel, wanted, top_k)
+    return terms.loss(TokenInputs(policy_N, cu_seqlens, targets != ignore_index, stats=stats, **inputs))

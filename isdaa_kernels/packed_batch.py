@@ -1,0 +1,55 @@
+"""Hidden states of a packed batch and a head: the checks that losses share, and the log-probs of tokens.
+
+Letters: N tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from isdaa_kernels.linear_logprob import linear_logprob, linear_logprob_stats
+from isdaa_kernels.lm_head import LMHead
+from isdaa_kernels.sequence_logprob import check_cu_seqlens
+from isdaa_kernels.stats import VocabStats
+
+
+def evaluate(
+    hidden: Tensor, head: LMHead | Tensor, targets: Tensor, kernel: dict, stats: Sequence[str] = (), top_k: int = 20
+) -> tuple[Tensor, VocabStats | None]:
+    """Token log-probs [N], and statistics of each token's distribution where any are asked for."""
+    head = head if isinstance(head, LMHead) else LMHead(head)
+    transforms = {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
+    if not stats:
+        return linear_logprob(hidden, head.weight, targets, **transforms, **kernel).reshape(-1), None
+    logprob, found = linear_logprob_stats(
+        hidden, head.weight, targets, stats=stats, top_k=top_k, **transforms, **kernel
+    )
+    return logprob.reshape(-1), found
+
+
+def check_batch(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, validate: bool) -> torch.Size:
+    """The shape of the tokens, [N] or [1, N], after checking that the batch is packed."""
+    if hidden.ndim not in (2, 3) or (hidden.ndim == 3 and hidden.shape[0] != 1):
+        raise ValueError(f"hidden: expected [N, D] or [1, N, D], got {list(hidden.shape)}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets: expected {list(hidden.shape[:-1])}, got {list(targets.shape)}")
+    check_cu_seqlens(cu_seqlens, targets.numel(), hidden.device, validate=validate)
+    return targets.shape
+
+
+def check_reference(
+    reference_logprob: Tensor | None, reference: tuple | None, token_shape: torch.Size, head: LMHead | Tensor
+) -> None:
+    """ValueError unless there is at most one of the two, and `reference` fits the tokens and the vocabulary of `head`."""
+    if reference_logprob is not None and reference is not None:
+        raise ValueError("reference_logprob, reference: expected one of the two, got both")
+    if reference is None:
+        return
+    if not isinstance(reference, tuple) or len(reference) != 2:
+        raise ValueError(f"reference: expected a tuple (hidden, head), got {type(reference).__name__}")
+    if reference[0].shape[:-1] != token_shape:
+        raise ValueError(f"reference: expected hidden {[*token_shape, 'D']}, got {list(reference[0].shape)}")
+    rows, policy_rows = (len(h.weight if isinstance(h, LMHead) else h) for h in (reference[1], head))
+    if rows != policy_rows:
+        raise ValueError(f"reference: expected a head of {policy_rows} rows, the policy's vocabulary, got {rows}")

@@ -1,0 +1,384 @@
+"""Token log-probs of packed completions and their advantages -> the loss of an objective of tokens, with its metrics.
+
+Letters: N tokens of a packed batch, S completions.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from isdaa_kernels.objectives import Objective, SamplerCorrection, TokenLogprob, get_objective
+from isdaa_kernels.objectives.objective import NEEDS, REDUCTIONS
+from isdaa_kernels.objectives.options import is_finite_number
+from isdaa_kernels.objectives.sampler import off_policy_keep
+from isdaa_kernels.objectives.token_batch import LOG_RATIOS, Segments, bounded_exp, k3
+from isdaa_kernels.objectives.token_metrics import token_metrics
+from isdaa_kernels.ops import segment_spread, segment_sum
+from isdaa_kernels.preference_terms import check_denominator
+from isdaa_kernels.sequence_logprob import check_cu_seqlens
+from isdaa_kernels.stats import VocabStats
+
+
+class PolicyLoss(NamedTuple):
+    """The loss (differentiable fp32 scalar) and its metrics (`objectives.token_metrics`: detached fp32 scalars on the device)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def policy_loss(
+    logprob: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    advantages: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    reference_logprob: Tensor | None = None,
+    sampler_logprob: Tensor | None = None,
+    objective: str | Objective = "grpo",
+    reduction: str | None = None,
+    max_length: int | None = None,
+    denominator: float | Tensor | None = None,
+    token_weight: Tensor | None = None,
+    correction: SamplerCorrection | None = None,
+    off_policy_threshold: float | None = None,
+    kl_weight: float = 0.0,
+    kl_corrected: bool = False,
+    token_kl: Tensor | None = None,
+    entropy_weight: float = 0.0,
+    stats: VocabStats | None = None,
+    values: Tensor | None = None,
+    rewards: Tensor | None = None,
+    step_cu_seqlens: Tensor | None = None,
+    **options: object,
+) -> PolicyLoss:
+    """The loss of an objective of tokens over packed completions, reduced to one number.
+
+    Equal, for objective="dapo" with kl_weight, to::
+
+        ratio, A = (logprob - old_logprob).double().exp(), advantages[completion]      # [N]
+        loss = -minimum(ratio * A, ratio.clamp(0.8, 1.28) * A)
+        d = reference_logprob - logprob
+        loss = loss + kl_weight * (d.exp() - d - 1)
+        loss[mask].sum() / denominator
+
+    logprob        [N] or [1, N] log-probs under the policy, any floating dtype; all arithmetic is fp64, the gradient comes in the dtype
+                   given.
+    cu_seqlens     [S + 1] int32 or int64: where completions start, and N. All tokens count, those that are not scored too.
+    mask           bool [N], True where a token is scored; None: all. What lies under False is never read, be it NaN, and gets the gradient
+                   0.
+    advantages     [S], one number a completion (`group_advantages`), or [N], one a token ([1, N] where N = S).
+    old_logprob, reference_logprob, sampler_logprob
+                   [N], under the policy at the start of the step, under the frozen reference, and under the policy as the sampler ran it.
+                   None of them gets a gradient. Without old_logprob the policy itself is the old one: all ratios are 1. The reference is
+                   for kl_weight, for objectives that need it, and for the metrics.
+    objective      a name of `OBJECTIVES` whose kind is "token", or an `Objective`.
+    reduction      how the losses of tokens become one number, of `objectives.objective.REDUCTIONS`; None: the objective's own.
+    max_length     what "max_length" divides by: the most tokens that a completion may have.
+    denominator    what the mean divides by: the number of tokens ("token_mean"), of calls ("batch_token_mean") or of completions (the
+                   others). None: that of the call, empty completions included. For gradient accumulation, and over ranks, pass that of all.
+    token_weight   [N], a constant factor for the objective's loss of each token: masks of tool output, of tokens of low entropy.
+    correction     how the loss is corrected for the sampler; None: `SamplerCorrection()` where there is a sampler_logprob.
+    off_policy_threshold
+                   leaves out completions with an advantage below 0 that the policy has left (`sampler.off_policy_keep`); None: none.
+    kl_weight      of the divergence from the reference, a token at a time: the k3 estimate, or `token_kl`. TRL calls it beta.
+    kl_corrected   whether it is multiplied by the objective's ratio, which is differentiated too. TRL: use_bias_correction_kl.
+    token_kl       [N], the exact divergence of each token's distributions, differentiable, in the place of the estimate.
+    entropy_weight of the entropy of each token's distribution (`stats.entropy`), subtracted. Reduced as the loss is: TRL takes the mean
+                   over tokens, whatever the loss type.
+    stats          of `linear_logprob_stats`, [N] or [1, N]: their means become metrics.
+    values         [N], a critic's; differentiable. For objectives that need them.
+    rewards        [S]. For objectives that need them, and for the metrics.
+    step_cu_seqlens
+                   [T + 1], where steps start, and N (`objectives.step_cu_seqlens`). For objectives that look at steps.
+    options        the objective's own: numbers.
+
+    token_weight, the correction and the threshold act on the objective's loss, not on divergence and entropy. No token to score: the loss
+    is 0, with zero gradients. A NaN reaches the loss and no gradient but those of its own completion. No host sync. Raises ValueError for
+    shapes, dtypes, devices, names and options other than these, for what is missing and for what would be ignored, before any work.
+    """
+    N, S = logprob.numel(), cu_seqlens.numel() - 1
+    _check_tensors(logprob, cu_seqlens, mask)
+    inputs = TokenInputs(
+        logprob, cu_seqlens, mask, advantages, old_logprob, reference_logprob, sampler_logprob, values, rewards, token_kl,
+        token_weight, step_cu_seqlens, stats,
+    )  # fmt: skip
+    terms = check_policy(
+        N, S, logprob.device, inputs, objective=objective, reduction=reduction, max_length=max_length, denominator=denominator,
+        correction=correction, off_policy_threshold=off_policy_threshold, kl_weight=kl_weight, kl_corrected=kl_corrected,
+        entropy_weight=entropy_weight, **options,
+    )  # fmt: skip
+    return terms.loss(inputs)
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """The tensors of a call as they came."""
+
+    logprob: Tensor | None
+    cu_seqlens: Tensor
+    mask: Tensor | None = None
+    advantages: Tensor | None = None
+    old_logprob: Tensor | None = None
+    reference_logprob: Tensor | None = None
+    sampler_logprob: Tensor | None = None
+    values: Tensor | None = None
+    rewards: Tensor | None = None
+    token_kl: Tensor | None = None
+    token_weight: Tensor | None = None
+    step_cu_seqlens: Tensor | None = None
+    stats: VocabStats | None = None
+
+    def batch(self) -> TokenLogprob:
+        policy_N = self.logprob.reshape(-1).double()
+        scored_N = torch.ones_like(policy_N, dtype=torch.bool) if self.mask is None else self.mask.reshape(-1)
+        completions = _segments(self.cu_seqlens, policy_N)
+
+        def keep(value: Tensor | None) -> Tensor | None:
+            return None if value is None else torch.where(scored_N, value.reshape(-1).double(), 0)
+
+        def constant(value: Tensor | None, by_completion: bool = False) -> Tensor | None:
+            if value is None:
+                return None
+            return keep(completions.spread(value.detach()) if by_completion else value.detach())
+
+        policy_N = keep(policy_N)
+        steps, starts_N = None, None
+        if self.step_cu_seqlens is not None:
+            steps = _segments(self.step_cu_seqlens, policy_N)
+            # the scored tokens of a step that have as many after them as all but one
+            count_N = scored_N.double()
+            starts_N = scored_N & (steps.later(count_N) + 1 == steps.total(count_N))
+        return TokenLogprob(
+            policy_N,
+            policy_N.detach() if self.old_logprob is None else constant(self.old_logprob),
+            scored_N,
+            completions,
+            completions.total(scored_N.double()).clamp(min=1),
+            advantages=constant(self.advantages, self._by_completion(self.advantages)),
+            reference=constant(self.reference_logprob),
+            sampler=constant(self.sampler_logprob),
+            values=keep(self.values),
+            rewards=constant(self.rewards, by_completion=True),
+            token_kl=keep(self.token_kl),
+            steps=steps,
+            step_starts=starts_N,
+        )
+
+    def _by_completion(self, advantages: Tensor | None) -> bool:
+        return advantages is not None and advantages.ndim == 1 and advantages.numel() != self.logprob.numel()
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """What a call asks for, checked and in full."""
+
+    objective: Objective
+    options: dict[str, object]
+    reduction: str
+    max_length: int | None
+    denominator: float | Tensor | None
+    correction: SamplerCorrection | None
+    off_policy_threshold: float | None
+    kl_weight: float
+    kl_corrected: bool
+    entropy_weight: float
+
+    def loss(self, inputs: TokenInputs) -> PolicyLoss:
+        batch = inputs.batch()
+        factor = None if self.correction is None else self.correction.weigh(batch)
+        if factor is not None:
+            batch = replace(batch, correction=factor.weight.detach())
+        objective_N, kept_N = self._objective_loss(batch, inputs.token_weight)
+        loss_N = objective_N
+        if self.kl_weight > 0:
+            loss_N = loss_N + self.kl_weight * self._divergence(batch)
+        if self.entropy_weight > 0:
+            loss_N = loss_N - self.entropy_weight * inputs.stats.entropy.reshape(-1).double()
+        loss_N = torch.where(batch.scored, loss_N, 0)
+        loss = self._reduce(batch, loss_N, inputs.cu_seqlens.numel() - 1)
+        metrics = token_metrics(
+            batch, torch.where(batch.scored, objective_N, 0), self.objective, self.options, factor, kept_N, inputs.stats
+        )
+        return PolicyLoss(loss.reshape(()).float(), metrics)
+
+    def _objective_loss(self, batch: TokenLogprob, token_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(the objective's loss of each token with its factors, which tokens the threshold keeps)."""
+        loss_N = self.objective.loss(batch, self.options)
+        if batch.correction is not None and not self.objective.own_correction:
+            loss_N = loss_N * batch.correction
+        if token_weight is not None:
+            loss_N = loss_N * torch.where(batch.scored, token_weight.detach().reshape(-1).double(), 0)
+        if self.off_policy_threshold is None:
+            return loss_N, None
+        kept_N = off_policy_keep(batch, self.off_policy_threshold)
+        return torch.where(kept_N, loss_N, 0), kept_N
+
+    def _divergence(self, batch: TokenLogprob) -> Tensor:
+        kl_N = k3(batch.policy, batch.reference) if batch.token_kl is None else batch.token_kl
+        return kl_N * bounded_exp(LOG_RATIOS[self.objective.ratio](batch)) if self.kl_corrected else kl_N
+
+    def _reduce(self, batch: TokenLogprob, loss_N: Tensor, S: int) -> Tensor:
+        tokens = batch.scored.sum().clamp(min=1)
+        if self.reduction == "sequence_mean":
+            loss_N = loss_N / batch.lengths
+        elif self.reduction == "batch_token_mean":
+            loss_N = loss_N / tokens
+        elif self.reduction == "max_length":
+            loss_N = loss_N / self.max_length
+        counts = {"token_mean": tokens, "batch_token_mean": 1}
+        denominator = counts.get(self.reduction, max(S, 1)) if self.denominator is None else self.denominator
+        return loss_N.sum() / denominator
+
+
+def check_policy(
+    N: int,
+    S: int,
+    device: torch.device,
+    inputs: TokenInputs,
+    *,
+    objective: str | Objective,
+    reduction: str | None,
+    max_length: int | None,
+    denominator: float | Tensor | None,
+    correction: SamplerCorrection | None,
+    off_policy_threshold: float | None,
+    kl_weight: float,
+    kl_corrected: bool,
+    entropy_weight: float,
+    made_reference: bool = False,
+    **options: object,
+) -> PolicyTerms:
+    """Checks what can be checked before the log-probs exist. `made_reference`: the call makes the reference's."""
+    objective = get_objective(objective)
+    if objective.kind != "token":
+        raise ValueError(
+            f"objective: {objective.name!r} is a loss of a {objective.kind}; expected one of tokens, such as 'grpo'"
+        )
+    options = objective.resolve_options(options)
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            raise ValueError(f"{objective.name}: {name}: expected a number, got a tensor {list(value.shape)}")
+    _check_shapes(N, S, device, inputs)
+    has_reference = inputs.reference_logprob is not None or made_reference
+    _check_needs(objective, inputs, has_reference)
+    for name, value in (("kl_weight", kl_weight), ("entropy_weight", entropy_weight)):
+        if not is_finite_number(value) or value < 0:
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    _check_divergence(inputs, has_reference, kl_weight, kl_corrected)
+    if entropy_weight > 0 and (inputs.stats is None or inputs.stats.entropy is None):
+        raise ValueError("stats: expected the entropy of each token for entropy_weight, got none")
+    correction = _correction(objective, inputs, correction)
+    _check_threshold(off_policy_threshold, inputs)
+    reduction = _reduction(objective, reduction, max_length)
+    check_denominator(denominator)
+    return PolicyTerms(
+        objective, options, reduction, max_length, denominator, correction, off_policy_threshold, kl_weight, kl_corrected,
+        entropy_weight,
+    )  # fmt: skip
+
+
+def _segments(cu_seqlens: Tensor, like_N: Tensor) -> Segments:
+    like_N = like_N.detach()
+    return Segments(partial(_sum, cu_seqlens), lambda value_S: segment_spread(value_S.double(), cu_seqlens, like_N))
+
+
+def _sum(cu_seqlens: Tensor, value_N: Tensor) -> Tensor:
+    return segment_sum(value_N, cu_seqlens)
+
+
+def _check_tensors(logprob: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> None:
+    if not logprob.is_floating_point() or not (logprob.ndim == 1 or (logprob.ndim == 2 and logprob.shape[0] == 1)):
+        raise ValueError(
+            f"logprob: expected a floating tensor [N] or [1, N], got {logprob.dtype} {list(logprob.shape)}"
+        )
+    check_cu_seqlens(cu_seqlens, logprob.numel(), logprob.device)
+    if mask is not None and (mask.dtype != torch.bool or mask.numel() != logprob.numel()):
+        raise ValueError(f"mask: expected bool [{logprob.numel()}], got {mask.dtype} {list(mask.shape)}")
+
+
+def _check_shapes(N: int, S: int, device: torch.device, inputs: TokenInputs) -> None:
+    by_token = ("old_logprob", "reference_logprob", "sampler_logprob", "values", "token_kl", "token_weight")
+    for name in (*by_token, "advantages", "rewards"):
+        value = getattr(inputs, name)
+        if value is None:
+            continue
+        allowed = {(N,), (1, N)} if name in by_token else {(S,)} if name == "rewards" else {(S,), (N,), (1, N)}
+        if not isinstance(value, Tensor) or tuple(value.shape) not in allowed:
+            expected = f"[{N}]" if name in by_token else f"[{S}]"
+            expected += f", one a completion, or [{N}], one a token" if name == "advantages" else ""
+            got = list(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name}: expected {expected}, got {got}")
+        if name == "advantages" and N == S and value.ndim == 1:
+            raise ValueError(f"{name}: [{N}] could be per token or per completion here; expected [1, {N}] per token")
+        if value.device != device or not (value.is_floating_point() or name in ("rewards", "advantages")):
+            raise ValueError(f"{name}: expected a floating dtype on {device}, got {value.dtype} on {value.device}")
+    if inputs.step_cu_seqlens is not None:
+        check_cu_seqlens(inputs.step_cu_seqlens, N, device)
+
+
+def _check_needs(objective: Objective, inputs: TokenInputs, has_reference: bool) -> None:
+    given = {"advantages": inputs.advantages, "values": inputs.values, "rewards": inputs.rewards}
+    has = {name for name, value in given.items() if value is not None} | ({"reference"} if has_reference else set())
+    for name, meaning in NEEDS.items():
+        if name in objective.needs - has:
+            argument = "reference_logprob" if name == "reference" else name
+            meaning = "[N] log-probs under the frozen reference policy" if name == "reference" else meaning
+            raise ValueError(f"{argument}: expected {meaning} for {objective.name!r}, got None")
+    for name in has - objective.needs - {"reference", "rewards"}:
+        raise ValueError(f"{name}: {objective.name!r} would ignore it; expected None")
+    if inputs.step_cu_seqlens is not None and "values" not in objective.needs:
+        raise ValueError(f"step_cu_seqlens: {objective.name!r} would ignore it; expected None")
+
+
+def _check_divergence(inputs: TokenInputs, has_reference: bool, kl_weight: float, kl_corrected: bool) -> None:
+    if kl_weight > 0 and not has_reference and inputs.token_kl is None:
+        raise ValueError("reference_logprob: expected [N] log-probs under the reference for kl_weight, got None")
+    if kl_weight == 0 and (inputs.token_kl is not None or kl_corrected):
+        name = "kl_corrected" if inputs.token_kl is None else "token_kl"
+        raise ValueError(f"{name}: would be ignored without a kl_weight above 0; expected its default")
+
+
+def _correction(
+    objective: Objective, inputs: TokenInputs, correction: SamplerCorrection | None
+) -> SamplerCorrection | None:
+    if inputs.sampler_logprob is None:
+        if correction is not None:
+            raise ValueError("sampler_logprob: expected [N] log-probs under the sampler for correction, got None")
+        return None
+    if correction is None:
+        correction = SamplerCorrection(level="token") if objective.own_correction else SamplerCorrection()
+    if not isinstance(correction, SamplerCorrection):
+        raise ValueError(f"correction: expected a SamplerCorrection, got {correction!r}")
+    if objective.own_correction and correction.level != "token":
+        raise ValueError(
+            f"correction: expected level='token' for {objective.name!r}, which multiplies the factors of a completion's tokens, "
+            f"got {correction.level!r}"
+        )
+    return correction
+
+
+def _check_threshold(threshold: float | None, inputs: TokenInputs) -> None:
+    if threshold is None:
+        return
+    if not is_finite_number(threshold) or threshold < 0:
+        raise ValueError(f"off_policy_threshold: expected a finite number of at least 0, or None, got {threshold!r}")
+    if inputs.advantages is None:
+        raise ValueError("advantages: expected them for off_policy_threshold, got None")
+
+
+def _reduction(objective: Objective, reduction: str | None, max_length: int | None) -> str:
+    reduction = objective.reduction if reduction is None else reduction
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if reduction == "max_length":
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+            raise ValueError(
+                f"max_length: expected a whole number of at least 1 for {objective.name!r}, got {max_length!r}"
+            )
+    elif max_length is not None:
+        raise ValueError(f"max_length: the reduction {reduction!r} would ignore it; expected None")
+    return reduction

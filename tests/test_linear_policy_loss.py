@@ -1,0 +1,173 @@
+"""`linear_policy_loss` is the composition of `linear_logprob_stats` and `policy_loss`. Letters: N tokens, D hidden size, V vocabulary."""
+
+import math
+
+import pytest
+import torch
+from objective_cases import sample_tokens
+
+from isdaa_kernels import (
+    OBJECTIVES,
+    LMHead,
+    Routed,
+    linear_logprob,
+    linear_policy_loss,
+    linear_preference_loss,
+    policy_loss,
+)
+from isdaa_kernels.stats import VocabStats
+
+V, D = 13, 5
+OF_TOKENS = [name for name, objective in OBJECTIVES.items() if objective.kind == "token"]
+
+
+class Batch:
+    """Hidden states of the tokens of `sample_tokens`; targets are -100 where its mask is False."""
+
+    def __init__(self, name: str = "grpo", dtype: torch.dtype = torch.float64) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.arguments = sample_tokens(OBJECTIVES[name])
+        N = self.arguments.pop("logprob").numel()
+        self.mask, self.cu_seqlens = self.arguments.pop("mask"), self.arguments.pop("cu_seqlens")
+        self.hidden, self.other = (torch.randn(N, D, generator=generator, dtype=torch.float64).to(dtype) for _ in "ab")
+        self.weight = torch.randn(V, D, generator=generator, dtype=torch.float64).to(dtype)
+        self.targets = torch.where(self.mask, torch.randint(0, V, (N,), generator=generator), -100)
+        self.leaves = (self.hidden.requires_grad_(), self.weight.requires_grad_())
+
+    def log_softmax(self) -> torch.Tensor:
+        return (self.hidden @ self.weight.T).log_softmax(-1)
+
+    def dense(self, name: str, stats: VocabStats | None = None, **more):
+        logprob = self.log_softmax().gather(-1, self.targets.clamp(min=0)[:, None])[:, 0]
+        return policy_loss(
+            logprob, self.cu_seqlens, mask=self.mask, objective=name, stats=stats, **{**self.arguments, **more}
+        )
+
+    def fused(self, name: str, **more):
+        return linear_policy_loss(
+            self.hidden, self.weight, self.targets, self.cu_seqlens, objective=name, **{**self.arguments, **more}
+        )
+
+
+def assert_same(found, expected, batch: Batch, tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(found.loss, expected.loss, rtol=tolerance, atol=1e-7)
+    assert found.metrics.keys() == expected.metrics.keys()
+    for name in expected.metrics:
+        torch.testing.assert_close(found.metrics[name], expected.metrics[name], rtol=1e-5, atol=1e-6)
+    if not expected.loss.requires_grad:
+        return
+    for mine, dense in zip(
+        torch.autograd.grad(found.loss, batch.leaves), torch.autograd.grad(expected.loss, batch.leaves), strict=True
+    ):
+        torch.testing.assert_close(mine, dense, rtol=0, atol=tolerance * dense.abs().max().item())
+
+
+@pytest.mark.parametrize("name", OF_TOKENS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_every_objective_is_the_composition(name, backend):
+    batch = Batch(name)
+    if name == "oreo_critic":
+        batch.arguments["values"].requires_grad_()
+        loss, _ = batch.fused(name, backend=backend)
+        expected, _ = batch.dense(name)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x, batch.arguments["values"]) for x in (loss, expected)))
+        return
+    assert_same(batch.fused(name, backend=backend), batch.dense(name), batch)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_reference_entropy_and_monitors(backend):
+    """The reference from its hidden states, an entropy bonus, and the largest probabilities for the metrics, in one pass."""
+    batch = Batch("dapo")
+    log_p = batch.log_softmax()
+    p = log_p.exp()
+    largest = p.topk(3).values
+    top = VocabStats(
+        entropy=-(p * log_p).sum(-1), top_k_mass=largest.sum(-1), top_k_entropy=-(largest * largest.log()).sum(-1)
+    )
+    reference = (batch.other @ batch.weight.T).log_softmax(-1).gather(-1, batch.targets.clamp(min=0)[:, None])[:, 0]
+    more = {"kl_weight": 0.3, "entropy_weight": 0.2}
+    expected = batch.dense("dapo", top, reference_logprob=reference.detach(), **more)
+    found = batch.fused(
+        "dapo", reference=(batch.other, LMHead(batch.weight)), monitors=("top_k_mass", "top_k_entropy"), top_k=3,
+        backend=backend, **more,
+    )  # fmt: skip
+    assert_same(found, expected, batch)
+    assert {"entropy/mean", "top_k_mass/mean", "top_k_entropy/mean", "kl/sqrt"} <= found.metrics.keys()
+
+
+def test_shapes_with_a_leading_one():
+    batch = Batch()
+    expected = batch.fused("grpo")
+    old = batch.arguments["old_logprob"][None]
+    found = linear_policy_loss(
+        batch.hidden[None], LMHead(batch.weight), batch.targets[None], batch.cu_seqlens,
+        **{**batch.arguments, "old_logprob": old},
+    )  # fmt: skip
+    assert_same(found, expected, batch)
+
+
+def test_routed_gradients_pass_through():
+    batch = Batch(dtype=torch.float32)
+    exact, routed = batch.fused("grpo"), batch.fused("grpo", gradient=Routed(tolerance=1e-6))
+    assert_same(routed, exact, batch, 1e-3)
+
+
+def test_temperature_is_that_of_the_sampler():
+    batch = Batch()
+    old = linear_logprob(batch.hidden, batch.weight, batch.targets, temperature=0.7).detach()
+    _, metrics = batch.fused("grpo", old_logprob=old, temperature=0.7)
+    assert metrics["ratio/max"].item() == pytest.approx(1)
+
+
+def test_nothing_to_score():
+    batch = Batch()
+    loss, metrics = linear_policy_loss(
+        batch.hidden, batch.weight, torch.full_like(batch.targets, -100), batch.cu_seqlens, **batch.arguments
+    )
+    assert loss == 0
+    assert metrics["tokens/count"] == 0
+    assert all((grad == 0).all() for grad in torch.autograd.grad(loss, batch.leaves))
+
+
+@pytest.mark.parametrize("loss", [linear_policy_loss, linear_preference_loss])
+def test_a_reference_with_another_vocabulary(loss):
+    batch = Batch()
+    more = {"advantages": torch.zeros(4)} if loss is linear_policy_loss else {}
+    with pytest.raises(ValueError, match="reference: expected a head of 13 rows, the policy's vocabulary, got 14"):
+        loss(
+            batch.hidden, batch.weight, batch.targets, batch.cu_seqlens,
+            reference=(batch.other, torch.zeros(14, D, dtype=torch.float64)), **more,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"advantages": torch.zeros(3)},
+            r"advantages: expected \[4\], one a completion, or \[\d+\], one a token, got \[3\]",
+        ),
+        ({"kl_weight": 0.1}, "reference_logprob: expected .* for kl_weight"),
+        ({"entropy_weight": math.inf}, "entropy_weight: expected a finite number"),
+        ({"monitors": ("perplexity",)}, "stats: expected some of entropy, .*, got 'perplexity'"),
+        ({"objective": "dpo"}, "objective: 'dpo' is a loss of a pair"),
+        (
+            {"gradient": Routed(1e-3), "entropy_weight": 0.1},
+            "stats: expected none of entropy, mean_logit with gradient=Routed",
+        ),
+    ],
+)
+def test_bad_input(arguments, message):
+    batch = Batch()
+    given = {"objective": "grpo", **batch.arguments, **arguments}
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, **given)
+
+
+def test_losses_of_pairs_refuse_those_of_tokens():
+    batch = Batch()
+    message = "objective: 'grpo' is a loss of tokens; expected policy_loss or linear_policy_loss"
+    with pytest.raises(ValueError, match=message):
+        linear_preference_loss(batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, objective="grpo")
