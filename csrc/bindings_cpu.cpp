@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/linear_kl_cpu.h"
 #include "cpu/linear_logprob_cpu.h"
 #include "cpu/pair_loss_cpu.h"
 #include "cpu/routed_cpu.h"
@@ -141,7 +142,7 @@ void define(py::module_& m, const std::string& suffix) {
 }
 
 template <class Params>
-void define_pair_loss(py::module_& m, const char* name, void (*function)(const Params&, int)) {
+void define_by_keywords(py::module_& m, const char* name, void (*function)(const Params&, int)) {
   m.def(
       name,
       [function](int threads, const py::kwargs& arguments) {
@@ -162,8 +163,14 @@ PYBIND11_MODULE(_cpu, m) {
   isdaa::define_routed<float>(m, "float32");
   isdaa::define_routed<double>(m, "float64");
   m.def("list_tokens", &isdaa::bind_list_tokens, py::arg("route"), py::arg("tokens"), py::arg("hidden_count"), py::arg("listed"));
-  isdaa::define_pair_loss(m, "pair_loss_forward", &isdaa::pair_loss_forward);
-  isdaa::define_pair_loss(m, "pair_loss_backward", &isdaa::pair_loss_backward);
+  isdaa::define_by_keywords(m, "kl_fold_tile_float32", &isdaa::kl_fold_tile<float>);
+  isdaa::define_by_keywords(m, "kl_fold_tile_float64", &isdaa::kl_fold_tile<double>);
+  isdaa::define_by_keywords(m, "kl_mixture_tile_float32", &isdaa::kl_mixture_tile<float>);
+  isdaa::define_by_keywords(m, "kl_mixture_tile_float64", &isdaa::kl_mixture_tile<double>);
+  isdaa::define_by_keywords(m, "kl_gradient_tile_float32", &isdaa::kl_gradient_tile<float>);
+  isdaa::define_by_keywords(m, "kl_gradient_tile_float64", &isdaa::kl_gradient_tile<double>);
+  isdaa::define_by_keywords(m, "pair_loss_forward", &isdaa::pair_loss_forward);
+  isdaa::define_by_keywords(m, "pair_loss_backward", &isdaa::pair_loss_backward);
   m.def("instruction_set", &isdaa::instruction_set, "The instruction set in use: avx512, avx2 or baseline.");
   m.def(
       "use_instruction_set",

@@ -1,5 +1,6 @@
 // What one instruction set offers; chosen once, at run time.
 #pragma once
+#include "linear_kl_params.h"
 #include "params.h"
 
 namespace isdaa {
@@ -14,6 +15,12 @@ struct RowTable {
   void (*routed_f64)(const RoutedTile<double>&, int64_t row, double* sums);
   void (*route_f32)(const RouteBlocks<float>&, int64_t block, float* weighted);
   void (*route_f64)(const RouteBlocks<double>&, int64_t block, double* weighted);
+  void (*kl_fold_f32)(const KlTile<float>&, int64_t row);
+  void (*kl_fold_f64)(const KlTile<double>&, int64_t row);
+  void (*kl_mixture_f32)(const KlTile<float>&, int64_t row);
+  void (*kl_mixture_f64)(const KlTile<double>&, int64_t row);
+  void (*kl_gradient_f32)(const KlTile<float>&, int64_t row);
+  void (*kl_gradient_f64)(const KlTile<double>&, int64_t row);
 };
 
 const RowTable& chosen_row_table();
