@@ -16,13 +16,14 @@ def check_targets(targets: Tensor, leading: torch.Size, name: str, ignore_index:
         raise ValueError(f"ignore_index: expected a number that {targets.dtype} targets can hold, got {ignore_index}")
 
 
-def check_floats(name: str, tensor: Tensor | None, targets: Tensor) -> None:
+def check_floats(name: str, tensor: Tensor | None, like: Tensor, so: str = "targets are") -> None:
+    """`like` is where it should be, as `so` says."""
     if tensor is None:
         return
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if tensor.device != targets.device:
-        raise ValueError(f"{name}: expected to be on {targets.device} as targets are, got {tensor.device}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected to be on {like.device} as {so}, got {tensor.device}")
 
 
 def split_temperature(temperature: float | Tensor, targets: Tensor) -> tuple[float, Tensor | None]:
@@ -48,3 +49,14 @@ def split_temperature(temperature: float | Tensor, targets: Tensor) -> tuple[flo
                 f"temperature: expected positive finite numbers, got {temperature[bad].flatten()[0].item()}"
             )
     return 1.0, temperature.expand(shape).reshape(-1)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Hidden states and weights of one call as autocast, where it is enabled, would have them; fp64 stays."""
+    device = tensors[0].device.type
+    if any(tensor.dtype == torch.float64 for tensor in tensors) or not torch.amp.is_autocast_available(device):
+        return tensors
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)

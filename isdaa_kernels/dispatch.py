@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from isdaa_kernels.divergence import Divergence
 from isdaa_kernels.routing import Routed
 
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
@@ -37,10 +38,12 @@ class Problem:
         False  # only d_hidden is wanted, linear in the tokens' coefficients: a forward may prepare it
     )
     arch: str | None = None  # of a GPU: "sm_90", "gfx942", ...
+    divergence: Divergence | None = None  # of two heads; the numbers above are the policy's then
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        double = torch.float64 in (self.hidden_dtype, self.weight_dtype)
+        reference = () if self.divergence is None else self.divergence.dtypes()
+        double = torch.float64 in (self.hidden_dtype, self.weight_dtype, *reference)
         return torch.float64 if double else torch.float32
 
     @classmethod
@@ -74,6 +77,11 @@ def backend_module(name: str) -> ModuleType:
     if name not in PREFERENCE:
         raise ValueError(f"backend: expected one of {', '.join(PREFERENCE)} or None, got {name!r}")
     return import_module(f"isdaa_kernels.backends.{name}")
+
+
+def linear_kl_module(module: ModuleType) -> ModuleType:
+    """The part of a backend that has the functions of `linear_kl`."""
+    return import_module(f"{module.__name__}.linear_kl")
 
 
 def refusal(name: str, problem: Problem) -> str | None:

@@ -4,7 +4,16 @@ from typing import Literal
 
 import torch
 
-from isdaa_kernels.dispatch import PREFERENCE, Problem, backend_module, device_arch, refusal, select_backend
+from isdaa_kernels.dispatch import (
+    PREFERENCE,
+    Problem,
+    backend_module,
+    device_arch,
+    linear_kl_module,
+    refusal,
+    select_backend,
+)
+from isdaa_kernels.divergence import Divergence, check_direction
 from isdaa_kernels.routing import Routed, check_gradient
 from isdaa_kernels.workspace import Plan, check_workspace
 
@@ -23,13 +32,16 @@ def plan(
     arch: str | None = None,
     backend: str | None = None,
     gradient: Literal["exact"] | Routed = "exact",
+    direction: Literal["forward", "reverse", "jsd"] | None = None,
+    reference_D: int | None = None,
 ) -> Plan:
     """How `linear_logprob` would run forward and backward for N scored tokens, hidden size D and vocabulary V: tiles, bytes beyond
     inputs and gradients, and matrix work in units of one product of 2 N V D flop. Pure arithmetic: allocates nothing. `arch` ("sm_90",
     "gfx942", ...) plans for a GPU that need not be here; without it `device` (default: the CPU) says what is planned for. A frozen
     head counts without what keeps the forward from preparing d_hidden: softcap, entropy, mean_logit or a bias that trains. With
     gradient=Routed(...) the bytes come on top of 4 (Triton 5, fp64 8) a token of the call and block, and the units are the most that it
-    can cost.
+    can cost. With a direction, how `linear_kl` would run, its reference being like the policy, but for its hidden size reference_D; a unit
+    is a product of the policy.
 
     Raises ValueError where max_workspace_mb (MiB) is too small, with the smallest that is enough.
     """
@@ -44,6 +56,7 @@ def plan(
     where = torch.device(device or ("cuda" if arch else "cpu"))
     if arch is not None and where.type != "cuda":
         raise ValueError(f"arch: expected None for device {where}, got {arch!r}")
+    divergence = _divergence(direction, reference_D, dtype, weight_dtype or dtype, D, gradient)
     problem = Problem(
         where.type,
         dtype,
@@ -55,11 +68,32 @@ def plan(
         need_weight=not frozen_head,
         keep_logits=not (frozen_head and frozen_hidden),
         max_workspace_mb=max_workspace_mb,
-        hidden_in_forward=frozen_head and not frozen_hidden and gradient == "exact",
+        hidden_in_forward=frozen_head and not frozen_hidden and gradient == "exact" and divergence is None,
         routed=None if gradient == "exact" else gradient,
         arch=arch or device_arch(where),
+        divergence=divergence,
     )
-    return select_backend(problem, backend).make_plan(problem)
+    module = select_backend(problem, backend)
+    return (module if divergence is None else linear_kl_module(module)).make_plan(problem)
+
+
+def _divergence(
+    direction: str | None,
+    reference_D: int | None,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    D: int,
+    gradient: Literal["exact"] | Routed,
+) -> Divergence | None:
+    if direction is None:
+        if reference_D is not None:
+            raise ValueError(f"reference_D: expected None without a direction, got {reference_D}")
+        return None
+    if gradient != "exact":
+        raise ValueError(f"gradient: expected 'exact' with direction={direction!r}, got {gradient}")
+    if reference_D is not None and reference_D < 1:
+        raise ValueError(f"reference_D: expected a positive number or None, got {reference_D}")
+    return Divergence(direction, check_direction(direction, None), reference_D or D, dtype, weight_dtype)
 
 
 def explain_backends(problem: Problem | None = None) -> str:

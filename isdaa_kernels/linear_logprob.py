@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels import ops
-from isdaa_kernels.arguments import check_floats, check_targets, split_temperature
+from isdaa_kernels.arguments import autocast, check_floats, check_targets, split_temperature
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.routing import Routed, check_gradient
 from isdaa_kernels.stats import StatsRequest, VocabStats, check_stats
@@ -150,7 +150,7 @@ def _run(
         raise ValueError(f"max_scored: expected 0 to {N} (the number of targets), got {max_scored}")
     check_workspace(max_workspace_mb)
     constant, per_token = split_temperature(temperature, targets)
-    hidden, weight = _autocast(hidden, head.weight)
+    hidden, weight = autocast(hidden, head.weight)
     grad = torch.is_grad_enabled()
     needs = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, head.bias)]
     order, routed = _routing(gradient, vocab_order, head, request, any(needs))
@@ -222,13 +222,3 @@ def _check_tensors(hidden: Tensor, head: LMHead, targets: Tensor, ignore_index: 
     check_targets(targets, hidden.shape[:-1], "hidden", ignore_index)
     for name, tensor in (("hidden", hidden), ("weight", head.weight), ("bias", head.bias)):
         check_floats(name, tensor, targets)
-
-
-def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    device = hidden.device.type
-    if torch.float64 in (hidden.dtype, weight.dtype) or not torch.amp.is_autocast_available(device):
-        return hidden, weight
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype)

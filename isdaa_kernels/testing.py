@@ -3,6 +3,7 @@
 N tokens, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isdaa_kernels import ops
+from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.stats import DIFFERENTIABLE, STATS, VocabStats
 
 _OPERATORS = {
+    torch.ops.isdaa.linear_kl_forward.default: ops.linear_kl_forward._init_fn,
+    torch.ops.isdaa.linear_kl_backward.default: ops.linear_kl_backward._init_fn,
     torch.ops.isdaa.linear_logprob_forward.default: ops.linear_logprob_forward._init_fn,
     torch.ops.isdaa.linear_logprob_backward.default: ops.linear_logprob_backward._init_fn,
     torch.ops.isdaa.logprob_from_logits_forward.default: ops.logprob_from_logits_forward._init_fn,
@@ -146,6 +150,40 @@ def dense_stats_from_logits(
     }
     fixed = {name: value if name in DIFFERENTIABLE else value.detach() for name, value in values.items()}
     return log_p.gather(-1, target)[..., 0].where(scored, 0.0), VocabStats(**fixed)
+
+
+def dense_kl(
+    policy_hidden: Tensor,
+    policy_head: LMHead,
+    reference_hidden: Tensor,
+    reference_head: LMHead,
+    *,
+    direction: str,
+    targets: Tensor | None = None,
+    jsd_weight: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """`linear_kl` by autograd over dense logits, straight from the formulas."""
+    with torch.no_grad():
+        log_q = _dense_log_softmax(reference_hidden, reference_head, temperature)
+    log_p = _dense_log_softmax(policy_hidden, policy_head, temperature)
+    if direction == "jsd":
+        log_m = torch.logaddexp(log_p + math.log(1 - jsd_weight), log_q + math.log(jsd_weight))
+        value = (1 - jsd_weight) * _dense_divergence(log_p, log_m) + jsd_weight * _dense_divergence(log_q, log_m)
+    else:
+        value = _dense_divergence(*((log_q, log_p) if direction == "forward" else (log_p, log_q)))
+    return value if targets is None else value.where(targets != ignore_index, 0.0)
+
+
+def _dense_divergence(log_b: Tensor, log_o: Tensor) -> Tensor:
+    none = log_b == float("-inf")  # 0 log 0 = 0
+    return (log_b.exp() * (log_b.masked_fill(none, 0) - log_o.masked_fill(none, 0))).sum(-1)
+
+
+def _dense_log_softmax(hidden: Tensor, head: LMHead, temperature: float | Tensor) -> Tensor:
+    numbers = {"logit_scale": head.logit_scale, "softcap": head.softcap, "temperature": temperature}
+    return _dense_transform(_dense_product(hidden, head.weight, head.bias), **numbers).log_softmax(-1)
 
 
 def _dense_product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ INTEGRATIONS = [path for path in FILES if path.parts[0] == "integrations"]
 MODULES = [path for path in FILES if path not in INTEGRATIONS]
 
 # What each module of the package may import of the package; a folder stands for all in it.
-BASE = {"lm_head", "workspace", "targets", "stats", "routing", "pair_loss"}
+BASE = {"lm_head", "workspace", "targets", "stats", "routing", "pair_loss", "divergence"}
 ALLOWED = {
     "lm_head": set(),
     "workspace": set(),
@@ -24,12 +24,14 @@ ALLOWED = {
     "targets": set(),
     "routing": set(),
     "pair_loss": set(),
+    "divergence": {"lm_head"},
     "vocab_order": set(),
-    "dispatch": {"backends", "routing"},  # backends by name, inside a function
+    "dispatch": {"backends", "divergence", "routing"},  # backends by name, inside a function
     "backends": BASE | {"dispatch"},
-    "ops": {"dispatch", "lm_head", "pair_loss", "routing", "stats", "targets"},
+    "ops": {"dispatch", "divergence", "lm_head", "pair_loss", "routing", "stats", "targets"},
     "objectives": set(),
     "linear_logprob": {"ops", "arguments", "lm_head", "routing", "stats", "targets", "vocab_order", "workspace"},
+    "linear_kl": {"ops", "arguments", "divergence", "lm_head", "targets", "workspace"},
     "logprob_from_logits": {"ops", "arguments", "lm_head", "stats", "targets"},
     "sequence_logprob": {"objectives", "ops"},
     "preference_terms": {"objectives", "ops", "pair_loss"},
@@ -47,8 +49,8 @@ ALLOWED = {
         "routing",
         "vocab_order",
     },
-    "explain": {"dispatch", "routing", "workspace"},
-    "testing": {"ops", "stats"},
+    "explain": {"dispatch", "divergence", "routing", "workspace"},
+    "testing": {"lm_head", "ops", "stats"},
 }
 
 

@@ -31,6 +31,7 @@ NAMES = {
     "group_advantages",
     "guidance_weight",
     "importance_sampled",
+    "linear_kl",
     "linear_logprob",
     "linear_logprob_stats",
     "linear_policy_loss",

@@ -19,6 +19,14 @@ vocabulary; [0, N] when nothing is asked for. What is not asked for costs nothin
 A problem of existing logits has D = 0 and the dtype of the logits twice; logits_NV and out_NV may have any strides.
 Backends never import each other.
 
+A backend that takes problems with a `divergence` has a module `linear_kl` beside, with
+
+    make_plan(problem) -> Plan
+    forward(problem, policy: Model, reference: Model, targets_N, ignore_index) -> (divergence_N, numbers_4N)
+    backward(problem, grad_N, policy, reference, targets_N, ignore_index, numbers_4N, need_bias) -> as above, of the policy
+
+numbers_4N, fp64: the log-sum-exps of policy and reference, their difference, what the gradient subtracts (KL(p || q); jsd: KL(p || m)).
+
 Where a backend has the loss stage, a module `pair_loss`, named in `ops`, holds it:
 
     forward(call: PairLossCall) -> (loss [], metrics [METRICS], slope [2, P])

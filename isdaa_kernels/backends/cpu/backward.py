@@ -47,7 +47,7 @@ def backward(
             problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, logprob_N, kept_KV
         )
         return d_hidden, None, None
-    sweep = _Sweep(problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV)
+    sweep = Sweep(problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV)
     if not sweep.plan.split:
         return sweep.run(problem.need_hidden, problem.need_weight, need_bias)
     d_hidden, _, _ = sweep.run(True, False, False, tokens_outside=True)
@@ -55,7 +55,7 @@ def backward(
     return d_hidden, d_weight, d_bias
 
 
-class _Sweep:
+class Sweep:
     """One or two walks over the tiles of the same backward."""
 
     def __init__(self, problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV):

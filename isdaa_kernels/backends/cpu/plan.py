@@ -13,7 +13,7 @@ from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
 BACKWARD_TOKENS = (2048, 1024, 512, 256, 128)
 # Of the forward. 128 rows cost a third more than 512, as the library packs the weight for each product; more rows would leave the cache
 # before they are folded. The bits of fp64 products depend on their height, so it is always the least there.
-_FORWARD_TOKENS = {torch.float32: 512, torch.float64: LEAST_HEIGHT}
+FORWARD_TOKENS = {torch.float32: 512, torch.float64: LEAST_HEIGHT}
 _STATE_BYTES = 64  # a token: running maximum and sum, target logit, lse, indices
 
 
@@ -82,7 +82,7 @@ def _plan_hidden_in_forward(problem: Problem, columns: int, budget: float) -> Pl
 
 def forward_spans(N: int, plan: Plan, dtype: torch.dtype) -> list[tuple[int, int]]:
     """Tiles of the forward: no tile mixes tokens whose logits are kept with others."""
-    tile = max(min(_FORWARD_TOKENS[dtype], plan.token_tile), LEAST_HEIGHT)
+    tile = max(min(FORWARD_TOKENS[dtype], plan.token_tile), LEAST_HEIGHT)
     kept = min(plan.kept_tokens, N)
     return spans(kept, tile) + [(kept + a, kept + b) for a, b in spans(N - kept, tile)]
 

@@ -23,6 +23,8 @@ BLOCKS = (64, 128, 256)  # of routed gradients: what the partial log-sum-exps ad
 
 def refusal_of_numbers(problem: Problem) -> str | None:
     """What no kernel set takes, whatever the device."""
+    if problem.divergence is not None:
+        return "linear_kl: not on this backend"
     for name, dtype in (("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)):
         if dtype not in DTYPES:
             return f"takes float16, bfloat16 and float32, not {name} in {dtype}"

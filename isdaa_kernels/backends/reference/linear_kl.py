@@ -1,0 +1,163 @@
+"""`linear_kl` by definition, in plain PyTorch on any device: forward and hand-written backward over chunks of tokens.
+
+N tokens, D hidden size (E that of the reference), V vocabulary, C tokens of a chunk. p, q, m: the probabilities of policy, reference and
+mixture, r = log(p / q).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from isdaa_kernels.backends.reference import _bad, _exponentials, _minus_lse, _product, _transform, compact
+from isdaa_kernels.dispatch import Problem
+from isdaa_kernels.divergence import Model
+from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
+
+_CHUNK_MIB = 32  # of logits of one head, when no workspace is given
+_COPIES = 12  # matrices as large as a chunk's logits, at once
+_SMALL = 0.5  # beyond it exp(x) - 1 - x cancels little
+_TERMS = 18  # of its series within
+
+
+def make_plan(problem: Problem) -> Plan:
+    size, divergence = problem.compute_dtype.itemsize, problem.divergence
+    widened = problem.D * (problem.weight_dtype != problem.compute_dtype)
+    widened += divergence.reference_D * (divergence.reference_weight_dtype != problem.compute_dtype)
+    if problem.need_weight:
+        widened += problem.D * (1 + (problem.weight_dtype != problem.compute_dtype))
+    row, fixed = _COPIES * problem.V * size, problem.V * widened * size
+    budget = _COPIES * _CHUNK_MIB * MIB if problem.max_workspace_mb is None else problem.max_workspace_mb * MIB - fixed
+    if problem.max_workspace_mb is not None and budget < row:
+        raise refuse_budget(problem.max_workspace_mb, fixed + row)
+    tokens = max(1, min(problem.N, int(budget // row)))
+    products = 1 + divergence.reference_D / problem.D
+    work = problem.need_hidden + problem.need_weight
+    units = products * (1 + (work > 0)) + work
+    return Plan("reference", tokens, problem.V, ceil_div(problem.N, tokens), 0, False, fixed + tokens * row, units)
+
+
+def forward(
+    problem: Problem, policy: Model, reference: Model, targets_N: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    scored_N, bad_N = targets_N != ignore_index, _bad(targets_N, problem, ignore_index)
+    value_N = policy.hidden_ND.new_zeros(len(targets_N), dtype=problem.compute_dtype)
+    numbers_4N = policy.hidden_ND.new_zeros(4, len(targets_N), dtype=torch.float64)
+    for rows_C, zp_CV, zq_CV, _ in _logits(problem, policy, reference, scored_N):
+        lse_p_C, lse_q_C = _lse(zp_CV), _lse(zq_CV)
+        r_CV = _minus_lse(zp_CV - zq_CV, (lse_p_C - lse_q_C)[:, None])
+        p_CV, q_CV = _minus_lse(zp_CV, lse_p_C[:, None]).exp_(), _minus_lse(zq_CV, lse_q_C[:, None]).exp_()
+        value_C, aux_C = _divergence(problem, p_CV, q_CV, r_CV)
+        value_N[rows_C] = value_C.to(value_N.dtype)
+        numbers_4N[:, rows_C] = torch.stack([lse_p_C, lse_q_C, lse_p_C - lse_q_C, aux_C])
+    value_N = torch.where(scored_N, value_N.masked_fill(bad_N, float("nan")), 0)
+    numbers_4N[0].masked_fill_(bad_N, float("nan"))
+    return value_N, numbers_4N
+
+
+def backward(
+    problem: Problem,
+    grad_N: Tensor,
+    policy: Model,
+    reference: Model,
+    targets_N: Tensor,
+    ignore_index: int,
+    numbers_4N: Tensor,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dtype, (hidden_ND, weight_VD, transform) = problem.compute_dtype, policy
+    d_hidden_ND = torch.zeros_like(hidden_ND, memory_format=torch.contiguous_format) if problem.need_hidden else None
+    d_weight_VD = hidden_ND.new_zeros(weight_VD.shape, dtype=dtype) if problem.need_weight else None
+    d_bias_V = hidden_ND.new_zeros(problem.V, dtype=dtype) if need_bias else None
+    active_N = (targets_N != ignore_index) & (grad_N != 0)
+    weight = weight_VD.to(dtype)
+    for rows_C, zp_CV, zq_CV, slope in _logits(problem, policy, reference, active_N):
+        skip_C1 = ~active_N[rows_C, None]
+        g_CV = _logit_gradient(problem, zp_CV, zq_CV, numbers_4N[:, rows_C, None])
+        g_CV = g_CV.mul_(grad_N[rows_C, None].to(dtype)).mul_(slope).masked_fill_(skip_C1, 0)
+        if d_hidden_ND is not None:
+            d_hidden_ND[rows_C] = (g_CV @ weight).to(d_hidden_ND.dtype)
+        if d_weight_VD is not None:
+            d_weight_VD += g_CV.T @ hidden_ND[rows_C].to(dtype).masked_fill_(skip_C1, 0)
+        if d_bias_V is not None:
+            d_bias_V += g_CV.sum(0)
+    if d_weight_VD is not None:
+        d_weight_VD = d_weight_VD.to(weight_VD.dtype)
+    if d_bias_V is not None:
+        d_bias_V = d_bias_V.to(transform.bias_V.dtype)
+    return d_hidden_ND, d_weight_VD, d_bias_V
+
+
+def _logits(problem: Problem, policy: Model, reference: Model, wanted_N: Tensor):
+    """Yields (rows, policy's logits, reference's logits, dz/dx of the policy) of the tokens wanted, chunk by chunk."""
+    weights = [model.weight_VD.to(problem.compute_dtype) for model in (policy, reference)]
+    rows_N = wanted_N.nonzero()[:, 0] if wanted_N.device.type == "cpu" else compact(wanted_N, problem.N)
+    for rows_C in rows_N.split(make_plan(problem).token_tile):
+        if len(rows_C):
+            (zp_CV, slope), (zq_CV, _) = (
+                _transform(_product(model.hidden_ND, weight, model.transform, rows_C), model.transform, rows_C)
+                for model, weight in zip((policy, reference), weights, strict=True)
+            )
+            yield rows_C, zp_CV, zq_CV, slope
+
+
+def _lse(z_CV: Tensor) -> Tensor:
+    top_C, _, sum_C = _exponentials(z_CV)
+    return top_C.double() + sum_C.log()
+
+
+def _divergence(problem: Problem, p_CV: Tensor, q_CV: Tensor, r_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """(the divergence, what its gradient subtracts) in fp64."""
+    direction, weight = problem.divergence.direction, problem.divergence.jsd_weight
+    if direction == "forward":
+        value_C = _sum(q_CV, p_CV, r_CV)
+        return value_C, value_C
+    if direction == "reverse":
+        value_C = _sum(p_CV, q_CV, -r_CV)
+        return value_C, value_C
+    m_CV = (1 - weight) * p_CV + weight * q_CV
+    over_p_CV, over_q_CV = _mixture(r_CV, weight)
+    from_p_C, from_q_C = _sum(p_CV, m_CV, over_p_CV), _sum(q_CV, m_CV, over_q_CV)
+    return (1 - weight) * from_p_C + weight * from_q_C, from_p_C
+
+
+def _sum(b_CV: Tensor, o_CV: Tensor, x_CV: Tensor) -> Tensor:
+    """sum of b (exp(x) - 1 - x), x = log(o / b): KL(b || o)."""
+    large_CV = o_CV - (b_CV + b_CV * x_CV)
+    terms_CV = torch.where(x_CV.abs() <= _SMALL, b_CV * _small_excess(x_CV), large_CV)
+    return torch.where(b_CV == 0, o_CV, terms_CV).sum(-1, dtype=torch.float64)
+
+
+def _small_excess(x_CV: Tensor) -> Tensor:
+    """exp(x) - 1 - x for |x| <= 1/2."""
+    x_CV = x_CV.clamp(-_SMALL, _SMALL)
+    sum_CV = torch.full_like(x_CV, 1 / math.factorial(_TERMS))
+    for k in range(_TERMS - 1, 1, -1):
+        sum_CV.mul_(x_CV).add_(1 / math.factorial(k))
+    return sum_CV.mul_(x_CV).mul_(x_CV)
+
+
+def _mixture(r_CV: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """(log(m / p), log(m / q)) from r = log(p / q): log(m / max(p, q)), of which neither part cancels, less what is between them."""
+    size_CV, up_CV = r_CV.abs(), r_CV >= 0
+    lesser_CV = torch.where(up_CV, weight, 1 - weight).to(r_CV.dtype)
+    greater_CV = torch.where(up_CV, 1 - weight, weight).to(r_CV.dtype)
+    near_CV, far_CV = (lesser_CV * (-size_CV).expm1()).log1p(), (greater_CV + lesser_CV * (-size_CV).exp()).log()
+    log_m_CV = torch.where(size_CV <= _SMALL, near_CV, far_CV)
+    return torch.where(up_CV, log_m_CV, log_m_CV - r_CV), torch.where(up_CV, log_m_CV + r_CV, log_m_CV)
+
+
+def _logit_gradient(problem: Problem, zp_CV: Tensor, zq_CV: Tensor, numbers_4C1: Tensor) -> Tensor:
+    """The formulas of the docstring of `linear_kl`. Overwrites zp and zq."""
+    direction, weight = problem.divergence.direction, problem.divergence.jsd_weight
+    lse_p_C1, lse_q_C1, gap_C1, aux_C1 = numbers_4C1
+    r_CV = _minus_lse(zp_CV - zq_CV, gap_C1)
+    p_CV = _minus_lse(zp_CV, lse_p_C1).exp_()
+    if direction == "forward":
+        q_CV = _minus_lse(zq_CV, lse_q_C1).exp_()
+        return torch.where(r_CV.abs() <= _SMALL, q_CV * r_CV.expm1(), p_CV - q_CV)
+    aux_C1 = aux_C1.to(p_CV.dtype)
+    if direction == "reverse":
+        return torch.where(p_CV == 0, 0, p_CV * (r_CV - aux_C1))
+    over_p_CV, _ = _mixture(r_CV, weight)
+    return torch.where(p_CV == 0, 0, (weight - 1) * p_CV * (over_p_CV + aux_C1))
