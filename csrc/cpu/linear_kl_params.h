@@ -39,8 +39,9 @@ struct KlTile {
   // kl_mixture: in and out
   double* policy_divergence;     // [N] KL(p || m)
   double* reference_divergence;  // [N] KL(q || m)
+  double* policy_mean;           // [N] sum of p log(p / m), as it comes: the same number, but where p = 1 it is log(p / m) to the bit
   // kl_gradient
-  const double* divergence;  // [N] KL(p || q) or KL(p || m); not of kKlForward
+  const double* mean;        // [N] of log(p / q) or log(p / m) under p; not of kKlForward
   const T* coefficient;      // [N]
 
   HeadTransform<T> policy_head() const {
@@ -53,7 +54,7 @@ struct KlTile {
   ISDAA_FIELDS(policy, reference, policy_stride, reference_stride, rows, columns, policy_bias, reference_bias, inverse_temperature,
                constant_inverse_temperature, policy_scale, policy_softcap, reference_scale, reference_softcap, direction, jsd_weight,
                policy_max, policy_sum, reference_max, reference_sum, center, gap_sum, excess_sum, policy_lse, reference_lse, lse_gap,
-               policy_divergence, reference_divergence, divergence, coefficient)
+               policy_divergence, reference_divergence, policy_mean, mean, coefficient)
 };
 
 }  // namespace isdaa

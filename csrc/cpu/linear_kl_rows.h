@@ -28,6 +28,18 @@ inline double small_excess(double x) {
   return sum;
 }
 
+// a - b in two parts, the second of which the first has rounded off. Two heads' logits may lie far apart and yet mean the same.
+template <typename V>
+struct Difference {
+  V high, low;
+
+  Difference(V a, V b) : high(a - b) {
+    const V back = high - a;
+    low = (a - (high - back)) - (b + back);
+    low = low == low ? low : V{};  // of infinities
+  }
+};
+
 // Products become final logits in place; their maximum.
 inline float final_logits(float* x, const HeadTransform<float>& head, int64_t i, int64_t columns) {
   const Transform transform(head, i);
@@ -69,7 +81,9 @@ inline KlSums kl_sum_row(const float* base, const float* other, int64_t columns,
     Float base_group{}, other_group{}, gap_group{}, excess_group{}, linear_group{}, apart_group{};
     for (int64_t j = begin; j < end; j += ISDAA_LANES) {
       const Float zb = load(base + j, columns - j, lowest), zo = load(other + j, columns - j, lowest);
-      const Float db = zb - base_shift, dg = zo - other_shift, x = (zo - zb) - center;
+      const Float db = zb - base_shift, dg = zo - other_shift;
+      const Difference<Float> gap(zo, zb);
+      const Float x = (gap.high - center) + gap.low;
       const Float b = exponential(db, -87.0f), o = exponential(dg, -87.0f), size = absolute(x);
       const Int base_one = db == 0.0f, other_one = dg == 0.0f, small = size <= kSmallGap;
       const Int skip = (b == 0.0f) | ((b < kFaintTerm) & (size < 1.0f));
@@ -98,7 +112,8 @@ inline KlSums kl_sum_row(const double* base, const double* other, int64_t column
   KlSums sums{};
   for (int64_t j = 0; j < columns; ++j) {
     const double b = __builtin_exp(base[j] - base_shift), o = __builtin_exp(other[j] - other_shift);
-    const double x = (other[j] - base[j]) - center;
+    const Difference<double> gap(other[j], base[j]);
+    const double x = (gap.high - center) + gap.low;
     const bool small = __builtin_fabs(x) <= kSmallGap64;
     sums.base += b;
     sums.other += o;
@@ -208,34 +223,37 @@ inline void mixture64(double weight, double r, double& over_p, double& over_q) {
   over_q = up ? log_m + r : log_m;
 }
 
-// Both rows of final logits, as log p, log q and r = log(p / q), in vectors; `each(j, count, log_p, log_q, r, slope of the policy)`.
+// Both rows of final logits, as log p, log q and log(p / q) - less, in vectors; `each(j, count, log_p, log_q, r, slope of the policy)`.
 template <typename Each>
-inline void each_pair(const KlTile<float>& p, int64_t i, const Each& each) {
+inline void each_pair(const KlTile<float>& p, int64_t i, double less, const Each& each) {
   const float *policy = p.policy + i * p.policy_stride, *reference = p.reference + i * p.reference_stride;
   const HeadTransform<float> policy_head = p.policy_head(), reference_head = p.reference_head();
   const Transform to_policy(policy_head, i), to_reference(reference_head, i);
+  const double gap = p.lse_gap[i] + less;
   const float lp = (float)p.policy_lse[i], lp_rest = (float)(p.policy_lse[i] - lp);
   const float lq = (float)p.reference_lse[i], lq_rest = (float)(p.reference_lse[i] - lq);
-  const float gap = (float)p.lse_gap[i], gap_rest = (float)(p.lse_gap[i] - gap);
+  const float gap_high = (float)gap, gap_rest = (float)(gap - gap_high);
   Float slope = broadcast(1.0f), unused;
   for (int64_t j = 0; j < p.columns; j += ISDAA_LANES) {
     const int64_t count = p.columns - j;
     Float zp = load(policy + j, count, 0.0f), zq = load(reference + j, count, 0.0f);
     if (!to_policy.identity) zp = to_policy(zp, bias_at(policy_head.bias, j, count), slope);
     if (!to_reference.identity) zq = to_reference(zq, bias_at(reference_head.bias, j, count), unused);
-    each(j, count, (zp - lp) - lp_rest, (zq - lq) - lq_rest, ((zp - zq) - gap) - gap_rest, slope);
+    const Difference<Float> r(zp, zq);
+    each(j, count, (zp - lp) - lp_rest, (zq - lq) - lq_rest, (r.high - gap_high) + (r.low - gap_rest), slope);
   }
 }
 
 template <typename Each>
-inline void each_pair(const KlTile<double>& p, int64_t i, const Each& each) {
+inline void each_pair(const KlTile<double>& p, int64_t i, double less, const Each& each) {
   const double *policy = p.policy + i * p.policy_stride, *reference = p.reference + i * p.reference_stride;
   const HeadTransform<double> policy_head = p.policy_head(), reference_head = p.reference_head();
   for (int64_t j = 0; j < p.columns; ++j) {
     double slope, unused;
     const double zp = transform64(policy_head, i, policy[j], p.policy_bias ? p.policy_bias[j] : 0.0, slope);
     const double zq = transform64(reference_head, i, reference[j], p.reference_bias ? p.reference_bias[j] : 0.0, unused);
-    each(j, int64_t(1), zp - p.policy_lse[i], zq - p.reference_lse[i], (zp - zq) - p.lse_gap[i], slope);
+    const Difference<double> r(zp, zq);
+    each(j, int64_t(1), zp - p.policy_lse[i], zq - p.reference_lse[i], ((r.high - p.lse_gap[i]) - less) + r.low, slope);
   }
 }
 
@@ -250,89 +268,96 @@ inline double mixture_term(double b, double m, double x) {
   return b == 0 ? m : __builtin_fabs(x) <= kSmallGap64 ? b * small_excess(x) : m - (b + b * x);
 }
 
+// The first `count` lanes; the others are 0.
+inline Float first(Float v, int64_t count) {
+  if (count >= ISDAA_LANES) return v;
+  float kept[ISDAA_LANES];
+  store(kept, v, ISDAA_LANES);
+  return load(kept, count, 0.0f);
+}
+
 inline void kl_mixture_row(const KlTile<float>& p, int64_t i) {
   const Mixture mixture(p.jsd_weight);
   constexpr int64_t kGroup = 16 * ISDAA_LANES;
-  Float p_sum{}, q_sum{}, p_group{}, q_group{};
-  each_pair(p, i, [&](int64_t j, int64_t count, Float log_p, Float log_q, Float r, Float) {
+  Float p_sum{}, q_sum{}, mean{}, p_group{}, q_group{}, mean_group{};
+  each_pair(p, i, 0.0, [&](int64_t j, int64_t count, Float log_p, Float log_q, Float r, Float) {
     Float over_p, over_q;
     mixture(r, over_p, over_q);
     const Float pj = exponential(log_p, -87.0f), qj = exponential(log_q, -87.0f), m = mixture.rest * pj + mixture.weight * qj;
-    Float p_term = mixture_term(pj, m, over_p), q_term = mixture_term(qj, m, over_q);
-    if (count < ISDAA_LANES) {
-      float kept[ISDAA_LANES];
-      store(kept, p_term, ISDAA_LANES);
-      p_term = load(kept, count, 0.0f);
-      store(kept, q_term, ISDAA_LANES);
-      q_term = load(kept, count, 0.0f);
-    }
-    p_group += p_term;
-    q_group += q_term;
+    const Int faint = (pj == 0.0f) | ((pj < kFaintTerm) & (absolute(over_p) < 1.0f));
+    p_group += first(mixture_term(pj, m, over_p), count);
+    q_group += first(mixture_term(qj, m, over_q), count);
+    mean_group -= first(faint ? Float{} : pj * over_p, count);
     if ((j + ISDAA_LANES) % kGroup == 0 || count <= ISDAA_LANES) {
       p_sum += p_group;
       q_sum += q_group;
-      p_group = q_group = Float{};
+      mean += mean_group;
+      p_group = q_group = mean_group = Float{};
     }
   });
   p.policy_divergence[i] += sum_lanes(p_sum);
   p.reference_divergence[i] += sum_lanes(q_sum);
+  p.policy_mean[i] += sum_lanes(mean);
 }
 
 inline void kl_mixture_row(const KlTile<double>& p, int64_t i) {
-  double p_sum = 0, q_sum = 0;
-  each_pair(p, i, [&](int64_t, int64_t, double log_p, double log_q, double r, double) {
+  double p_sum = 0, q_sum = 0, mean = 0;
+  each_pair(p, i, 0.0, [&](int64_t, int64_t, double log_p, double log_q, double r, double) {
     double over_p, over_q;
     mixture64(p.jsd_weight, r, over_p, over_q);
     const double pj = __builtin_exp(log_p), qj = __builtin_exp(log_q), m = (1 - p.jsd_weight) * pj + p.jsd_weight * qj;
     p_sum += mixture_term(pj, m, over_p);
     q_sum += mixture_term(qj, m, over_q);
+    if (pj != 0) mean -= pj * over_p;
   });
   p.policy_divergence[i] += p_sum;
   p.reference_divergence[i] += q_sum;
+  p.policy_mean[i] += mean;
 }
 
-// d loss / d z:  forward p - q;  reverse p (r - KL(p || q));  jsd (1 - weight) p (log(p / m) - KL(p || m)).
+// d loss / d z:  forward p - q;  reverse p (log(p / q) - its mean);  jsd (1 - weight) p (log(p / m) - its mean).
 inline void kl_gradient_row(const KlTile<float>& p, int64_t i) {
   float* out = p.policy + i * p.policy_stride;
-  const float coefficient = p.coefficient[i], divergence = p.direction == kKlForward ? 0.0f : (float)p.divergence[i];
+  const float coefficient = p.coefficient[i];
   const Mixture mixture(p.jsd_weight);
-  const auto write = [&](auto entry) {
-    each_pair(p, i, [&](int64_t j, int64_t count, Float log_p, Float log_q, Float r, Float slope) {
+  const auto write = [&](double less, auto entry) {
+    each_pair(p, i, less, [&](int64_t j, int64_t count, Float log_p, Float log_q, Float r, Float slope) {
       const Float g = entry(exponential(log_p, kSmallestLogProbabilityOfStats), log_q, r);
       store(out + j, (absolute(g) < kSmallestEntry ? Float{} : g) * coefficient * slope, count);
     });
   };
   if (p.direction == kKlForward)
-    write([&](Float pj, Float log_q, Float r) {
+    write(0.0, [&](Float pj, Float log_q, Float r) {
       const Float qj = exponential(log_q, kSmallestLogProbabilityOfStats);
       const Int small = absolute(r) <= kSmallGap;
       const Float x = small ? r : Float{};
       return small ? qj * (x + small_excess(x)) : pj - qj;  // q expm1(r)
     });
   else if (p.direction == kKlReverse)
-    write([&](Float pj, Float, Float r) { return pj == 0.0f ? Float{} : pj * (r - divergence); });
+    write(p.mean[i], [&](Float pj, Float, Float above) { return pj == 0.0f ? Float{} : pj * above; });
   else
-    write([&](Float pj, Float, Float r) {
+    write(0.0, [&, mean = (float)p.mean[i]](Float pj, Float, Float r) {
       Float over_p, over_q;
       mixture(r, over_p, over_q);
-      return pj == 0.0f ? Float{} : mixture.rest * pj * (-over_p - divergence);
+      return pj == 0.0f ? Float{} : mixture.rest * pj * (-over_p - mean);
     });
 }
 
 inline void kl_gradient_row(const KlTile<double>& p, int64_t i) {
   double* out = p.policy + i * p.policy_stride;
-  each_pair(p, i, [&](int64_t j, int64_t, double log_p, double log_q, double r, double slope) {
+  const double less = p.direction == kKlReverse ? p.mean[i] : 0.0;
+  each_pair(p, i, less, [&](int64_t j, int64_t, double log_p, double log_q, double r, double slope) {
     const double pj = log_p < kSmallestLogProbability64 ? 0.0 : __builtin_exp(log_p);
     double entry = 0;
     if (p.direction == kKlForward) {
       const double qj = log_q < kSmallestLogProbability64 ? 0.0 : __builtin_exp(log_q);
       entry = __builtin_fabs(r) <= kSmallGap64 ? qj * __builtin_expm1(r) : pj - qj;
     } else if (p.direction == kKlReverse) {
-      if (pj != 0) entry = pj * (r - p.divergence[i]);
+      if (pj != 0) entry = pj * r;
     } else if (pj != 0) {
       double over_p, over_q;
       mixture64(p.jsd_weight, r, over_p, over_q);
-      entry = (1 - p.jsd_weight) * pj * (-over_p - p.divergence[i]);
+      entry = (1 - p.jsd_weight) * pj * (-over_p - p.mean[i]);
     }
     out[j] = entry * p.coefficient[i] * slope;
   });

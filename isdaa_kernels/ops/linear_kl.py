@@ -13,7 +13,7 @@ from isdaa_kernels.divergence import Divergence, Model
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.ops.common import no_second_derivative
 
-NUMBERS = 4  # a token: policy_lse, reference_lse, their difference, KL(p || q) (jsd: KL(p || m))
+NUMBERS = 4  # a token; backends/__init__.py says which
 
 
 def _call(

@@ -11,7 +11,8 @@ from isdaa_kernels.divergence import DIRECTIONS, Divergence
 
 _FOLDED = ("policy_max", "policy_sum", "reference_max", "reference_sum", "center", "gap_sum", "excess_sum")
 _NORMALIZED = ("policy_lse", "reference_lse", "lse_gap")
-_POINTERS = (*_FOLDED, *_NORMALIZED, "policy_divergence", "reference_divergence", "divergence", "coefficient")
+_MIXED = ("policy_divergence", "reference_divergence", "policy_mean")
+_POINTERS = (*_FOLDED, *_NORMALIZED, *_MIXED, "mean", "coefficient")
 _NOTHING = dict.fromkeys(_POINTERS, 0)
 # Where the divergence is larger, or the center far from the difference of the log-sum-exps, the plain formula cancels nothing.
 _SMALL_DIVERGENCE, _NEAR_CENTER = 0.25, 4.0
@@ -52,13 +53,12 @@ class KlKernels:
         coefficient_N: Tensor,
     ) -> None:
         """The policy's product becomes its gradient."""
-        names = (*_NORMALIZED, "divergence")
+        names = (*_NORMALIZED, "mean")
         numbers = dict(zip(names, numbers_4N, strict=True)) | {"coefficient": coefficient_N}
         self._call("gradient", policy_TC, reference_TC, token, column, numbers, self._heads(token, column))
 
     def _mixture_numbers(self, state: "KlState") -> dict:
-        names = (*_NORMALIZED, "policy_divergence", "reference_divergence")
-        return {name: getattr(state, name) for name in names}
+        return {name: getattr(state, name) for name in (*_NORMALIZED, *_MIXED)}
 
     def _heads(self, token: int, column: int) -> dict:
         policy, reference = self.policy, self.reference
@@ -129,7 +129,7 @@ class KlState:
         return tops[0] + log_sums[0], tops[1] + log_sums[1], gap
 
     def start_mixture(self) -> None:
-        for name in (*_NORMALIZED, "policy_divergence", "reference_divergence"):
+        for name in (*_NORMALIZED, *_MIXED):
             setattr(self, name, torch.zeros_like(self.policy_sum))
 
     def normalize_for_mixture(self, token: slice) -> None:
@@ -139,8 +139,7 @@ class KlState:
     def finish_mixture(self, jsd_weight: float) -> tuple[Tensor, Tensor]:
         """(divergence, numbers [4, N])."""
         value = (1 - jsd_weight) * self.policy_divergence + jsd_weight * self.reference_divergence
-        numbers = [self.policy_lse, self.reference_lse, self.lse_gap, self.policy_divergence]
-        return value, torch.stack(numbers)
+        return value, torch.stack([self.policy_lse, self.reference_lse, self.lse_gap, self.policy_mean])
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(divergence, numbers [4, N]). With E the mean under the base and x = d - center, KL = log E[exp(x)] - E[x], where E[exp(x)] - 1

@@ -45,11 +45,11 @@ def forward(
     numbers_4N = policy.hidden_ND.new_zeros(4, len(targets_N), dtype=torch.float64)
     for rows_C, zp_CV, zq_CV, _ in _logits(problem, policy, reference, scored_N):
         lse_p_C, lse_q_C = _lse(zp_CV), _lse(zq_CV)
-        r_CV = _minus_lse(zp_CV - zq_CV, (lse_p_C - lse_q_C)[:, None])
+        r_CV = _log_ratio(zp_CV, zq_CV, (lse_p_C - lse_q_C)[:, None])
         p_CV, q_CV = _minus_lse(zp_CV, lse_p_C[:, None]).exp_(), _minus_lse(zq_CV, lse_q_C[:, None]).exp_()
-        value_C, aux_C = _divergence(problem, p_CV, q_CV, r_CV)
+        value_C, mean_C = _divergence(problem, p_CV, q_CV, r_CV)
         value_N[rows_C] = value_C.to(value_N.dtype)
-        numbers_4N[:, rows_C] = torch.stack([lse_p_C, lse_q_C, lse_p_C - lse_q_C, aux_C])
+        numbers_4N[:, rows_C] = torch.stack([lse_p_C, lse_q_C, lse_p_C - lse_q_C, mean_C])
     value_N = torch.where(scored_N, value_N.masked_fill(bad_N, float("nan")), 0)
     numbers_4N[0].masked_fill_(bad_N, float("nan"))
     return value_N, numbers_4N
@@ -107,18 +107,29 @@ def _lse(z_CV: Tensor) -> Tensor:
 
 
 def _divergence(problem: Problem, p_CV: Tensor, q_CV: Tensor, r_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """(the divergence, what its gradient subtracts) in fp64."""
+    """(the divergence, what its gradient subtracts) in fp64. The latter is a plain mean: where p = 1 it is log(p / m) to the bit."""
     direction, weight = problem.divergence.direction, problem.divergence.jsd_weight
     if direction == "forward":
         value_C = _sum(q_CV, p_CV, r_CV)
         return value_C, value_C
     if direction == "reverse":
-        value_C = _sum(p_CV, q_CV, -r_CV)
-        return value_C, value_C
+        return _sum(p_CV, q_CV, -r_CV), _mean(p_CV, r_CV)
     m_CV = (1 - weight) * p_CV + weight * q_CV
     over_p_CV, over_q_CV = _mixture(r_CV, weight)
-    from_p_C, from_q_C = _sum(p_CV, m_CV, over_p_CV), _sum(q_CV, m_CV, over_q_CV)
-    return (1 - weight) * from_p_C + weight * from_q_C, from_p_C
+    value_C = (1 - weight) * _sum(p_CV, m_CV, over_p_CV) + weight * _sum(q_CV, m_CV, over_q_CV)
+    return value_C, -_mean(p_CV, over_p_CV)
+
+
+def _mean(p_CV: Tensor, x_CV: Tensor) -> Tensor:
+    return (p_CV * x_CV.masked_fill(p_CV == 0, 0)).sum(-1, dtype=torch.float64)
+
+
+def _log_ratio(zp_CV: Tensor, zq_CV: Tensor, gap_C1: Tensor) -> Tensor:
+    """(zp - zq) - gap, with what the difference rounds off: two heads' logits may lie far apart and yet mean the same."""
+    difference_CV = zp_CV - zq_CV
+    back_CV = difference_CV - zp_CV
+    rest_CV = (zp_CV - (difference_CV - back_CV)).sub_(back_CV.add_(zq_CV)).nan_to_num_(nan=0.0)
+    return _minus_lse(difference_CV, gap_C1).add_(rest_CV)
 
 
 def _sum(b_CV: Tensor, o_CV: Tensor, x_CV: Tensor) -> Tensor:
@@ -140,8 +151,8 @@ def _small_excess(x_CV: Tensor) -> Tensor:
 def _mixture(r_CV: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """(log(m / p), log(m / q)) from r = log(p / q): log(m / max(p, q)), of which neither part cancels, less what is between them."""
     size_CV, up_CV = r_CV.abs(), r_CV >= 0
-    lesser_CV = torch.where(up_CV, weight, 1 - weight).to(r_CV.dtype)
-    greater_CV = torch.where(up_CV, 1 - weight, weight).to(r_CV.dtype)
+    weight, rest = (r_CV.new_tensor(value) for value in (weight, 1 - weight))
+    lesser_CV, greater_CV = torch.where(up_CV, weight, rest), torch.where(up_CV, rest, weight)
     near_CV, far_CV = (lesser_CV * (-size_CV).expm1()).log1p(), (greater_CV + lesser_CV * (-size_CV).exp()).log()
     log_m_CV = torch.where(size_CV <= _SMALL, near_CV, far_CV)
     return torch.where(up_CV, log_m_CV, log_m_CV - r_CV), torch.where(up_CV, log_m_CV + r_CV, log_m_CV)
@@ -150,14 +161,14 @@ def _mixture(r_CV: Tensor, weight: float) -> tuple[Tensor, Tensor]:
 def _logit_gradient(problem: Problem, zp_CV: Tensor, zq_CV: Tensor, numbers_4C1: Tensor) -> Tensor:
     """The formulas of the docstring of `linear_kl`. Overwrites zp and zq."""
     direction, weight = problem.divergence.direction, problem.divergence.jsd_weight
-    lse_p_C1, lse_q_C1, gap_C1, aux_C1 = numbers_4C1
-    r_CV = _minus_lse(zp_CV - zq_CV, gap_C1)
+    lse_p_C1, lse_q_C1, gap_C1, mean_C1 = numbers_4C1
+    r_CV = _log_ratio(zp_CV, zq_CV, gap_C1)
     p_CV = _minus_lse(zp_CV, lse_p_C1).exp_()
     if direction == "forward":
         q_CV = _minus_lse(zq_CV, lse_q_C1).exp_()
         return torch.where(r_CV.abs() <= _SMALL, q_CV * r_CV.expm1(), p_CV - q_CV)
-    aux_C1 = aux_C1.to(p_CV.dtype)
+    mean_C1 = mean_C1.to(p_CV.dtype)
     if direction == "reverse":
-        return torch.where(p_CV == 0, 0, p_CV * (r_CV - aux_C1))
+        return torch.where(p_CV == 0, 0, p_CV * (r_CV - mean_C1))
     over_p_CV, _ = _mixture(r_CV, weight)
-    return torch.where(p_CV == 0, 0, (weight - 1) * p_CV * (over_p_CV + aux_C1))
+    return torch.where(p_CV == 0, 0, (weight - 1) * p_CV * (over_p_CV + mean_C1))
