@@ -2,6 +2,7 @@
 
     python -m bench                      every contender: time in units, peak memory in a process of its own, error against fp64
     python -m bench --quick              the same on fewer tokens with fewer repeats, in a few minutes
+    python -m bench.linear_kl            the divergence of two heads against dense PyTorch and TRL
     pytest bench --benchmark-only        the timings through pytest-benchmark
     python -m bench.gpu_report --out DIR proof and measurement on a GPU, against more peers, on states as sharp as a real model's
 

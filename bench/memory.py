@@ -47,7 +47,7 @@ def run_job(job: Job) -> int:
     problem = CASES[job.case](make_problem(load_states(job.states, job.tokens)).to(getattr(torch, job.dtype)))
     contender = BY_NAME[job.contender]
     make_run(contender, problem.shorter(min(WARM_TOKENS, problem.length)), job.mode)()
-    _warm_blas()
+    warm_blas()
     run = make_run(contender, problem, job.mode)
     outcome, growth = peak_growth(run)
     return growth - outcome.nbytes()
@@ -71,7 +71,7 @@ def high_water_mark() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _warm_blas() -> None:
+def warm_blas() -> None:
     """The buffers that the BLAS keeps for each thread belong to nobody's call."""
     torch.mm(torch.ones(512, 512), torch.ones(512, 2048))
 
