@@ -84,7 +84,7 @@ inline KlSums kl_sum_row(const float* base, const float* other, int64_t columns,
       const Float db = zb - base_shift, dg = zo - other_shift;
       const Difference<Float> gap(zo, zb);
       const Float x = (gap.high - center) + gap.low;
-      const Float b = exponential(db, -87.0f), o = exponential(dg, -87.0f), size = absolute(x);
+      const Float b = exponential_up_to_88(db, -87.0f), o = exponential_up_to_88(dg, -87.0f), size = absolute(x);
       const Int base_one = db == 0.0f, other_one = dg == 0.0f, small = size <= kSmallGap;
       const Int skip = (b == 0.0f) | ((b < kFaintTerm) & (size < 1.0f));
       base_group += base_one ? Float{} : b;
@@ -208,7 +208,7 @@ struct Mixture {
     const Int small = size <= kSmallGap;
     const Float t = lesser * (small_excess(small ? -size : Float{}) - size), u = 1.0f + t;
     const Float near = u == 1.0f ? t : logarithm(u) * (t / (u - 1.0f));
-    const Float far = logarithm((up ? broadcast(rest) : broadcast(weight)) + lesser * exponential(-size, -87.0f));
+    const Float far = logarithm((up ? broadcast(rest) : broadcast(weight)) + lesser * exponential_up_to_88(-size, -87.0f));
     const Float log_m = small ? near : far;  // log(m / max(p, q))
     over_p = up ? log_m : log_m - r;
     over_q = up ? log_m + r : log_m;
@@ -283,7 +283,8 @@ inline void kl_mixture_row(const KlTile<float>& p, int64_t i) {
   each_pair(p, i, 0.0, [&](int64_t j, int64_t count, Float log_p, Float log_q, Float r, Float) {
     Float over_p, over_q;
     mixture(r, over_p, over_q);
-    const Float pj = exponential(log_p, -87.0f), qj = exponential(log_q, -87.0f), m = mixture.rest * pj + mixture.weight * qj;
+    const Float pj = exponential_up_to_88(log_p, -87.0f), qj = exponential_up_to_88(log_q, -87.0f);
+    const Float m = mixture.rest * pj + mixture.weight * qj;
     const Int faint = (pj == 0.0f) | ((pj < kFaintTerm) & (absolute(over_p) < 1.0f));
     p_group += first(mixture_term(pj, m, over_p), count);
     q_group += first(mixture_term(qj, m, over_q), count);
@@ -322,13 +323,13 @@ inline void kl_gradient_row(const KlTile<float>& p, int64_t i) {
   const Mixture mixture(p.jsd_weight);
   const auto write = [&](double less, auto entry) {
     each_pair(p, i, less, [&](int64_t j, int64_t count, Float log_p, Float log_q, Float r, Float slope) {
-      const Float g = entry(exponential(log_p, kSmallestLogProbabilityOfStats), log_q, r);
+      const Float g = entry(exponential_up_to_88(log_p, kSmallestLogProbabilityOfStats), log_q, r);
       store(out + j, (absolute(g) < kSmallestEntry ? Float{} : g) * coefficient * slope, count);
     });
   };
   if (p.direction == kKlForward)
     write(0.0, [&](Float pj, Float log_q, Float r) {
-      const Float qj = exponential(log_q, kSmallestLogProbabilityOfStats);
+      const Float qj = exponential_up_to_88(log_q, kSmallestLogProbabilityOfStats);
       const Int small = absolute(r) <= kSmallGap;
       const Float x = small ? r : Float{};
       return small ? qj * (x + small_excess(x)) : pj - qj;  // q expm1(r)
