@@ -145,7 +145,9 @@ def test_golden_rows_see_every_option(name, option):
         options.pop("objective")
         loss, grad = run(own, row.tensors(), row.by, **options)
         default = {option: own.defaults[option]} if own.defaults[option] is not None else {}
-        other, other_grad = run(own, row.tensors(), row.by, **{n: v for n, v in options.items() if n != option}, **default)
+        other, other_grad = run(
+            own, row.tensors(), row.by, **{n: v for n, v in options.items() if n != option}, **default
+        )
         seen.append(not torch.allclose(loss, other, rtol=1e-6) or not torch.allclose(grad, other_grad, rtol=1e-6))
     assert any(seen), f"{name}: no golden row sees {option}"
 
