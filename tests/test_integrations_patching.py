@@ -1,6 +1,7 @@
 """A patch is applied whole, once, and leaves nothing behind."""
 
-from types import SimpleNamespace
+import gc
+import weakref
 
 import pytest
 
@@ -8,8 +9,22 @@ from isdaa_kernels.integrations import patching
 from isdaa_kernels.integrations.patching import Patch, check_version
 
 
+class Owner:
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+def test_what_is_patched_is_freed_with_its_patch():
+    owner = Owner(a=1)
+    alive = weakref.ref(owner)
+    patch = Patch((owner, "a", 10))
+    del owner, patch
+    gc.collect()
+    assert alive() is None
+
+
 def test_undo_puts_back_what_was_there():
-    owner = SimpleNamespace(a=1, b=2)
+    owner = Owner(a=1, b=2)
     patch = Patch((owner, "a", 10), (owner, "b", 20))
     assert (owner.a, owner.b) == (10, 20)
     patch.undo()
@@ -33,14 +48,14 @@ def test_undo_of_an_inherited_attribute_removes_it():
 
 
 def test_a_block_that_raises_is_undone():
-    owner = SimpleNamespace(a=1)
+    owner = Owner(a=1)
     with pytest.raises(RuntimeError, match="inside"), Patch((owner, "a", 10)):
         raise RuntimeError("inside")
     assert owner.a == 1
 
 
 def test_an_attribute_is_patched_once():
-    owner, other = SimpleNamespace(a=1, b=2), SimpleNamespace(a=3)
+    owner, other = Owner(a=1, b=2), Owner(a=3)
     with Patch((owner, "a", 10)):
         with pytest.raises(ValueError, match=r"SimpleNamespace\.a: patched already"):
             Patch((owner, "b", 20), (owner, "a", 11))
@@ -54,7 +69,7 @@ def test_an_attribute_is_patched_once():
 
 
 def test_an_attribute_that_is_not_there():
-    owner = SimpleNamespace(a=1)
+    owner = Owner(a=1)
     with pytest.raises(AttributeError, match="missing"):
         Patch((owner, "a", 10), (owner, "missing", 0))
     assert owner.a == 1

@@ -2,15 +2,17 @@
 
 from importlib.metadata import version
 from types import TracebackType
+from weakref import WeakValueDictionary
 
-_IN_PLACE: dict[tuple[int, str], object] = {}  # (id of the owner, attribute) -> the owner, which so stays alive
+# (id of the owner, attribute) -> the owner, as long as it lives
+_IN_PLACE: WeakValueDictionary[tuple[int, str], object] = WeakValueDictionary()
 
 
 class Patch:
     """Puts `value` in place of `owner.attribute` for each (owner, attribute, value); `undo()` puts back what was there.
 
     Applied on construction, all of it or nothing; `with Patch(...):` undoes it at the end of the block. Owners are modules, classes or
-    objects. Raises ValueError for an attribute that a patch holds already, AttributeError for one that is not there.
+    objects that can be referred to weakly. Raises ValueError for an attribute that a patch holds already, AttributeError for one that is not there.
     """
 
     def __init__(self, *replacements: tuple[object, str, object]) -> None:
@@ -35,7 +37,7 @@ class Patch:
                 delattr(owner, attribute)
             else:
                 setattr(owner, attribute, value)
-            del _IN_PLACE[id(owner), attribute]
+            _IN_PLACE.pop((id(owner), attribute), None)
 
     def __enter__(self) -> "Patch":
         return self
