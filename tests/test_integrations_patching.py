@@ -57,7 +57,7 @@ def test_a_block_that_raises_is_undone():
 def test_an_attribute_is_patched_once():
     owner, other = Owner(a=1, b=2), Owner(a=3)
     with Patch((owner, "a", 10)):
-        with pytest.raises(ValueError, match=r"SimpleNamespace\.a: patched already"):
+        with pytest.raises(ValueError, match=r"Owner\.a: patched already"):
             Patch((owner, "b", 20), (owner, "a", 11))
         assert (owner.a, owner.b) == (10, 2)
         with Patch((other, "a", 30)):

@@ -12,7 +12,8 @@ class Patch:
     """Puts `value` in place of `owner.attribute` for each (owner, attribute, value); `undo()` puts back what was there.
 
     Applied on construction, all of it or nothing; `with Patch(...):` undoes it at the end of the block. Owners are modules, classes or
-    objects that can be referred to weakly. Raises ValueError for an attribute that a patch holds already, AttributeError for one that is not there.
+    objects that can be referred to weakly. Raises ValueError for an attribute that a patch holds already, AttributeError for one that is
+    not there.
     """
 
     def __init__(self, *replacements: tuple[object, str, object]) -> None:
