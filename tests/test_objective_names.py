@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from objective_cases import sample
+from objective_cases import sample, sample_tokens
 
-from isdaa_kernels import preference_loss
+from isdaa_kernels import SamplerCorrection, policy_loss, preference_loss
 from isdaa_kernels.objectives import OBJECTIVES, SelfWeight, names
 from isdaa_kernels.objectives.library_names import NAMES, NOT_COVERED, SETTINGS, Name
 from isdaa_kernels.objectives.names import objective_of
@@ -37,6 +37,10 @@ def test_every_row_gives_a_loss_in_every_version_that_it_holds_for(row):
     assert row.objective in OBJECTIVES
     for version in {held[0], held[-1]}:
         named = objective_of(row.library, row.name, trainer=row.trainer, version=version, **settings_of(row))
+        if named.objective.kind == "token":
+            loss, _ = policy_loss(**{**sample_tokens(named.objective), **named.arguments()})
+            assert loss.isfinite()
+            continue
         arguments = sample(named.objective)
         if named.objective.state_required:
             arguments["state"] = RewardMean(0.1)
@@ -78,6 +82,7 @@ def test_giving_the_defaults_of_the_library_changes_nothing():
 # Coverage of the installed TRL, read as text: importing it takes seconds.
 SOURCES = {
     "dpo": ("trainer/dpo_trainer.py", r'loss_type == "([\w-]+)"'),
+    "grpo": ("trainer/grpo_trainer.py", r'if self\.loss_type (?:==|in) \[?"([\w", ]+)"'),
     "kto": ("trainer/kto_trainer.py", r'self\.loss_type == "([\w-]+)"'),
     "cpo": ("experimental/cpo/cpo_config.py", r'"choices": \["(sigmoid.*)"\]'),
     "tpo": ("experimental/tpo/tpo_trainer.py", r'self\.loss_type == "([\w-]+)"'),
@@ -144,6 +149,35 @@ def test_a_running_mean_that_is_part_of_the_loss_must_be_given():
     # a = 0.5, b = -1, so the mean reward is -0.025
     loss, _ = preference_loss(policy, reference, state=RewardMean(0.1), **named.arguments())
     assert loss.item() == pytest.approx(2 * math.log1p(math.exp(-0.075)))
+
+
+def test_losses_of_tokens_of_trl():
+    def of(name, **settings):
+        found = objective_of("trl", name, version=TRL, **settings).arguments()
+        return {**found, "objective": found["objective"].name}
+
+    clip = {"clip_low": 0.2, "clip_high": 0.2, "ratio_cap": None}
+    assert of("dapo") == {"objective": "dapo", **clip}
+    assert of("grpo", epsilon=0.1, delta=3.0) == {
+        "objective": "grpo", "clip_low": 0.1, "clip_high": 0.1, "ratio_cap": 3.0,
+    }  # fmt: skip
+    assert of("dr_grpo", max_completion_length=64) == {"objective": "dr_grpo", **clip, "max_length": 64}
+    by_sequence = {"importance_sampling_level": "sequence"}
+    assert of("dapo", **by_sequence) == {"objective": "gspo", **clip, "reduction": "token_mean"}
+    assert of("luspo") == {"objective": "grpo", **clip, "reduction": "sequence_sum"}
+    assert of("luspo", **by_sequence) == {"objective": "luspo", **clip}
+    assert of("cispo", epsilon_high=5.0) == {"objective": "cispo", "ratio_cap": 5.0}
+    assert of("sapo", beta=0.1) == {
+        "objective": "sapo", "positive_temperature": 1.0, "negative_temperature": 1.05, "kl_weight": 0.1, "kl_corrected": True,
+    }  # fmt: skip
+    found = of(
+        "dapo", use_vllm=True, vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0
+    )
+    assert found["correction"] == SamplerCorrection("token", "truncate", 2.0)
+    found = of("dapo", entropy_coef=0.01, off_policy_mask_threshold=0.5)
+    assert (found["entropy_weight"], found["off_policy_threshold"]) == (0.01, 0.5)
+    assert of("rloo", epsilon_high=0.3) == {"objective": "rloo", "clip_low": 0.2, "clip_high": 0.3}
+    assert "denominator" in objective_of("trl", "dapo", version=TRL).note
 
 
 def test_pref_bco_weight_of_llama_factory():
@@ -259,8 +293,28 @@ REFUSED = [
     ("trl", "sigmoid", {"trainer": "cpo", "alpha": 0.1}, "alpha: expected 0.0 for 'sigmoid'"),
     ("trl", "alphapo", {"cpo_alpha": 0.5}, "cpo_alpha: expected 1.0 for 'alphapo'"),
     ("trl", "sigmoid", {"trainer": "cpo", "simpo_gamma": 0.1}, "simpo_gamma: expected 0.5"),
-    ("trl", "sigmoid", {"trainer": "ppo"}, "trainer: expected one of dpo, cpo, tpo, kto, orpo, online_dpo, got TRL"),
-    ("trl", "dapo", {"trainer": "grpo"}, "trainer: .*: losses of tokens"),
+    ("trl", "sigmoid", {"trainer": "ppo"}, "trainer: expected one of dpo, cpo, tpo, kto, orpo, online_dpo, grpo, rloo, got TRL"),
+    ("trl", "grpo", {"entropy_coef": 0.1}, "entropy_coef: expected 0.0 for 'grpo' of TRL 1.16.0 .grpo."),
+    ("trl", "cispo", {"delta": 4.0}, "delta: expected None for 'cispo'"),
+    (
+        "trl",
+        "sapo",
+        {"importance_sampling_level": "sequence"},
+        "importance_sampling_level: expected 'token' for 'sapo'",
+    ),
+    (
+        "trl",
+        "grpo",
+        {"vllm_importance_sampling_clip_max": 2.0},
+        "vllm_importance_sampling_clip_max: expected 3.0 .* without use_vllm",
+    ),
+    (
+        "trl",
+        "dapo",
+        {"top_entropy_quantile": 0.2},
+        "top_entropy_quantile: no setting of TRL 1.16.0 .grpo. that was read",
+    ),
+    ("trl", "sft", {"trainer": "sft"}, "trainer: .*: imitation of single completions"),
     (
         "llama_factory",
         "ppo",

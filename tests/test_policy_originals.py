@@ -13,6 +13,7 @@ from test_objectives_originals import _quiet, assert_same, bare, defaults_of, th
 from torch import Tensor, nn
 
 from isdaa_kernels import SamplerCorrection, group_advantages, linear_policy_loss, policy_loss
+from isdaa_kernels.objectives.names import objective_of
 from isdaa_kernels.stats import VocabStats
 
 pytestmark = pytest.mark.slow  # seconds to import
@@ -149,6 +150,14 @@ CASES = [
 def test_losses_of_trl(settings, arguments, spread):
     rollout = Rollout(spread=spread)
     assert_same(rollout.ours(**arguments), trl_grpo(rollout, **settings))
+
+
+@pytest.mark.parametrize("settings", [settings for settings, _ in CASES], ids=str)
+def test_losses_of_trl_by_their_names(settings):
+    rollout = Rollout()
+    trainer_settings = {name: value for name, value in settings.items() if name != "loss_type"}
+    named = objective_of("trl", settings["loss_type"], trainer="grpo", **trainer_settings)
+    assert_same(rollout.ours(**named.arguments()), trl_grpo(rollout, **settings))
 
 
 def test_every_loss_type_of_trl_is_run():

@@ -128,15 +128,17 @@ def gspo_token(batch: TokenLogprob, *, clip_low: float = 3e-4, clip_high: float 
     return _clipped(batch, mean_N.detach() + (batch.policy - batch.policy.detach()), clip_low, clip_high, None)
 
 
-@declare("advantages", source="arXiv 2602.05261, as in TRL", reduction="sequence_sum", ratio="sequence_mean")
+@declare(
+    "advantages", source="Liu et al. 2026, arXiv 2602.05261, as in TRL", reduction="sequence_sum", ratio="sequence_mean"
+)
 def luspo(
     batch: TokenLogprob, *, clip_low: float = 0.2, clip_high: float = 0.2, ratio_cap: float | None = None
 ) -> Tensor:
     """-min(min(s, ratio_cap) A, clip(s) A), s the geometric mean of rho over the completion; [N].
 
-    Length-unbiased sequence policy optimisation (arXiv 2602.05261): `gspo` times the length of the completion, here as the sum over its
-    tokens. As in TRL with importance_sampling_level="sequence", whose clip is the default. Where it is not clipped the gradient of the
-    completion's loss by each of its log-probs is -s A.
+    Length-unbiased sequence policy optimisation, Liu et al. 2026 (arXiv 2602.05261): `gspo` times the length of the completion, here as
+    the sum over its tokens. As in TRL with importance_sampling_level="sequence", whose clip is the default. Where it is not clipped the
+    gradient of the completion's loss by each of its log-probs is -s A.
     """
     return gspo(batch, clip_low=clip_low, clip_high=clip_high, ratio_cap=ratio_cap)
 

@@ -38,6 +38,7 @@ class Name:
 
     options  settings of theirs, and the options of ours that they are.
     fixed    options of ours for which they have no setting.
+    call     arguments of `policy_loss` for which they have none.
     plus     terms that they always add, with their weights.
     state    whether the objective's state is part of what they compute.
     alone    why there is no counterpart in a list of several names; empty: there is.
@@ -52,6 +53,7 @@ class Name:
     since: str | None = None
     until: str | None = None
     fixed: Mapping[str, object] = field(default_factory=dict)
+    call: Mapping[str, object] = field(default_factory=dict)
     plus: tuple[tuple[str, float], ...] = ()
     state: bool = False
     alone: str = ""
@@ -105,6 +107,8 @@ _FROM_TRL = (
     "`sigmoid`."
 )
 _WITHOUT_ZERO = "TRL leaves out tokens whose id is 0."
+_GLOBAL = "Pass the number of scored tokens of the whole step, over accumulation and ranks, as denominator."
+_SAMPLER = "Give sampler_logprob."
 _SCALE = {"beta": "beta"}
 _SMOOTHED = {"beta": "beta", "label_smoothing": "label_smoothing"}
 _SIMPO = {**_SMOOTHED, "simpo_gamma": "margin"}
@@ -233,6 +237,38 @@ def _others_of_trl() -> tuple[Name, ...]:
     )
 
 
+def _grpo_of_trl() -> tuple[Name, ...]:
+    row, by_sequence = partial(Name, "trl", "grpo", since="1.16"), {"importance_sampling_level": "sequence"}
+    clip = {"epsilon": "clip_low", "delta": "ratio_cap"}
+    soft = {"sapo_temperature_pos": "positive_temperature", "sapo_temperature_neg": "negative_temperature"}
+    gamma = {"vespo_k_pos": "positive_power", "vespo_lambda_pos": "positive_rate"}
+    gamma |= {"vespo_k_neg": "negative_power", "vespo_lambda_neg": "negative_rate"}
+    return (
+        row("grpo", "gspo", clip, by_sequence),
+        row("grpo", "grpo", clip),
+        row("bnpo", "gspo", clip, by_sequence, call={"reduction": "batch_token_mean"}),
+        row("bnpo", "bnpo", clip),
+        row("dr_grpo", "gspo", clip, by_sequence, call={"reduction": "max_length"}),
+        row("dr_grpo", "dr_grpo", clip),
+        row("dapo", "gspo", clip, by_sequence, call={"reduction": "token_mean"}, note=_GLOBAL),
+        row("dapo", "dapo", clip, note=_GLOBAL),
+        row("luspo", "luspo", clip, by_sequence),
+        row("luspo", "grpo", clip, call={"reduction": "sequence_sum"}),
+        row("cispo", "cispo", note=_GLOBAL),
+        row("sapo", "sapo", soft),
+        row("vespo", "vespo", gamma, note=_GLOBAL),
+        Name(
+            "trl",
+            "rloo",
+            "rloo",
+            "rloo",
+            {"epsilon": "clip_low"},
+            since="1.16",
+            note="TRL's beta weighs a divergence in the rewards; its advantages are those of `group_advantages` that leave one out.",
+        ),
+    )
+
+
 def _of_llama_factory() -> tuple[Name, ...]:
     row = partial(Name, "llama_factory", "dpo")
     weights = {"kto_chosen_weight": "desirable_weight", "kto_rejected_weight": "undesirable_weight"}
@@ -253,7 +289,7 @@ def _of_llama_factory() -> tuple[Name, ...]:
 
 
 NAMES: tuple[Name, ...] = (
-    *_dpo_of_trl(), *_cpo_of_trl(), *_tpo_of_trl(), *_others_of_trl(), *_of_llama_factory(),
+    *_dpo_of_trl(), *_cpo_of_trl(), *_tpo_of_trl(), *_others_of_trl(), *_grpo_of_trl(), *_of_llama_factory(),
 )  # fmt: skip
 
 _TOKENS = "losses of tokens, with ratios to the policy that sampled them"
@@ -261,8 +297,6 @@ _DISTILLATION = "the distributions of a teacher, not preferences"
 _REWARDS = "a model of rewards"
 _IMITATION = "imitation of single completions"
 NOT_COVERED = {
-    ("trl", "grpo"): _TOKENS,
-    ("trl", "rloo"): _TOKENS,
     ("trl", "sdpo"): _DISTILLATION,
     ("trl", "sdft"): _DISTILLATION,
     ("trl", "gkd"): _DISTILLATION,
@@ -307,6 +341,42 @@ def _settings_of_trl() -> tuple[Setting, ...]:
     )
 
 
+def _settings_of_grpo() -> tuple[Setting, ...]:
+    rule, always = partial(Setting, "trl", "grpo", since="1.16"), object()
+    bounded = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo")
+    # whose mean is over tokens, as that of the entropy always is there
+    by_token = ("bnpo", "dapo", "cispo", "vespo")
+    sampler = {
+        "vllm_importance_sampling_mode": "sequence_mask",
+        "vllm_importance_sampling_clip_max": 3.0,
+        "vllm_importance_sampling_clip_min": None,
+    }
+    gamma = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
+    options = {"epsilon": 0.2, "delta": None, "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05, **gamma}
+    return (
+        *(rule(name, default) for name, default in options.items()),
+        rule("epsilon_high", None, ("bound_above", None), off=always, only=bounded),
+        rule("importance_sampling_level", "token"),
+        rule(
+            "max_completion_length",
+            512,
+            ("pass_on", "max_length"),
+            off=always,
+            only=("dr_grpo",),
+            all_but=(*bounded, "sapo", "vespo"),
+        ),
+        rule("beta", 0.0, ("pass_on", "kl_weight"), off=0.0),
+        rule("use_bias_correction_kl", True, ("correct_divergence", None), off=False),
+        rule("off_policy_mask_threshold", None, ("pass_on", "off_policy_threshold")),
+        rule("entropy_coef", 0.0, ("pass_on", "entropy_weight"), off=0.0, only=by_token),
+        rule("use_vllm", False, ("correct_sampler", None), off=False, note=_SAMPLER),
+        # read with use_vllm
+        *(rule(name, default, ("look_at_sampler", None), off=default) for name, default in sampler.items()),
+        Setting("trl", "rloo", "epsilon", 0.2, since="1.16"),
+        Setting("trl", "rloo", "epsilon_high", None, ("bound_above", None), off=always, since="1.16"),
+    )
+
+
 def _settings_of_llama_factory() -> tuple[Setting, ...]:
     dpo = partial(Setting, "llama_factory", "dpo")
     of_sums = ("sigmoid", "hinge", "kto_pair")
@@ -328,4 +398,4 @@ def _settings_of_llama_factory() -> tuple[Setting, ...]:
     )
 
 
-SETTINGS: tuple[Setting, ...] = (*_settings_of_trl(), *_settings_of_llama_factory())
+SETTINGS: tuple[Setting, ...] = (*_settings_of_trl(), *_settings_of_grpo(), *_settings_of_llama_factory())

@@ -7,14 +7,22 @@ What a name means in which version is in the tables of `library_names`; tests ru
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial, update_wrapper
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
+from types import MappingProxyType
 from typing import NamedTuple
 
-from isdaa_kernels.objectives import OBJECTIVES, Objective, SelfWeight, Weighting, importance_sampled
+from isdaa_kernels.objectives import (
+    OBJECTIVES,
+    Objective,
+    SamplerCorrection,
+    SelfWeight,
+    Weighting,
+    importance_sampled,
+)
 from isdaa_kernels.objectives.imitation import weighted_sum
 from isdaa_kernels.objectives.library_names import NAMES, NOT_COVERED, READ, SETTINGS, Name, Setting, between
 from isdaa_kernels.objectives.objective import token_weighted
@@ -22,17 +30,20 @@ from isdaa_kernels.objectives.tokens import tail_weight
 
 
 class NamedObjective(NamedTuple):
-    """What a name of another library stands for: an objective, its options, the weight of pairs, and what differs or must be added."""
+    """What a name of another library stands for: an objective, its options, the weight of pairs, what differs or must be added, and other
+    arguments of the call."""
 
     objective: Objective
     options: dict[str, object]
     importance: Weighting | None
     note: str
+    call: Mapping[str, object] = MappingProxyType({})
 
     def arguments(self) -> dict[str, object]:
-        """As keyword arguments of `preference_loss` and `linear_preference_loss`."""
+        """As keyword arguments of `preference_loss` and `linear_preference_loss`; of `policy_loss` and `linear_policy_loss` for a loss of
+        tokens."""
         weight = {} if self.importance is None else {"importance": self.importance}
-        return {"objective": self.objective, **weight, **self.options}
+        return {"objective": self.objective, **weight, **self.options, **self.call}
 
 
 def objective_of(
@@ -48,8 +59,8 @@ def objective_of(
     library    "trl" or "llama_factory".
     name       its `loss_type` or `pref_loss`; a list of them for the sum of TRL's DPO trainer, with `loss_weights`. Trainers without
                such a setting have one name, their own: "orpo", "bco", "xpo", "nash_md".
-    trainer    which of its trainers: "dpo", "cpo", "tpo", "kto", "orpo", "online_dpo", "bco", "xpo" or "nash_md" of TRL, the stage
-               "dpo" or "kto" of LLaMA-Factory. None: "dpo" where it has the name, else the one that does.
+    trainer    which of its trainers: "dpo", "cpo", "tpo", "kto", "orpo", "online_dpo", "bco", "xpo", "nash_md", "grpo" or "rloo" of TRL,
+               the stage "dpo" or "kto" of LLaMA-Factory. None: "dpo" where it has the name, else the one that does.
     version    None: the installed one.
     settings   the library's own, by its own names; those that are not given have its defaults.
 
@@ -84,6 +95,7 @@ class Draft:
         self.parts += [(OBJECTIVES[term], weight) for row in rows for term, weight in row.plus]
         self.tail: tuple[float, bool] | None = None
         self.importance: Weighting | None = None
+        self.call = {name: value for row in rows for name, value in row.call.items()}
 
     def _part(self, row: Name) -> Objective:
         """The row's objective, out of reach of the options that are other rows' alone."""
@@ -117,7 +129,7 @@ class Draft:
             name = "wpo" if is_dpo else f"wpo_{objective.name}"
             objective = replace(importance_sampled(objective, self.importance), name=name)
         objective.resolve_options(self.options)
-        return NamedObjective(objective, self.options, self.importance, " ".join(self.notes))
+        return NamedObjective(objective, self.options, self.importance, " ".join(self.notes), self.call)
 
     def _sum(self) -> Objective:
         if len(self.parts) == 1 and self.parts[0][1] == 1:
@@ -157,6 +169,27 @@ class Draft:
         if self.tail is not None:
             raise ValueError(f"{rule.name}: {self.where} does not weigh the tokens in the weight; no counterpart here")
         self.importance = SelfWeight(cap=None)
+
+    def bound_above(self, rule: Setting, value: float | None, _: None) -> None:
+        """Theirs is the lower bound where it is not given; CISPO has no other."""
+        option = "ratio_cap" if self.names == ("cispo",) else "clip_high"
+        self.options[option] = self.values["epsilon"] if value is None else value
+
+    def pass_on(self, rule: Setting, value: object, argument: str) -> None:
+        self.call[argument] = value
+
+    def correct_divergence(self, rule: Setting, value: bool, _: None) -> None:
+        if self.values["beta"] != 0:
+            self.call["kl_corrected"] = value
+
+    def correct_sampler(self, rule: Setting, value: bool, _: None) -> None:
+        level, mode = self.values["vllm_importance_sampling_mode"].split("_")
+        bounds = (self.values[f"vllm_importance_sampling_clip_{end}"] for end in ("max", "min"))
+        self.call["correction"] = SamplerCorrection(level, mode, *bounds)
+
+    def look_at_sampler(self, rule: Setting, value: object, _: None) -> None:
+        if not self.values["use_vllm"]:
+            raise ValueError(f"{rule.name}: expected {rule.default!r} for {self.where} without use_vllm, got {value!r}")
 
     def refuse(self, rule: Setting, value: object, reason: str) -> None:
         raise ValueError(f"{rule.name}: {self.where} {reason}; no counterpart here")

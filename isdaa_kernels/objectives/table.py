@@ -37,8 +37,8 @@ This page is printed by `python -m isdaa_kernels.objectives` from the docstrings
 - **Letters.** a and b are the log-ratios to the reference of the chosen and the rejected completion, Delta = a - b; logp_w, logp_l and
   logp_g the log-probs of the chosen, the rejected and the gold completion, m_w, m_l and m_g the same in nats per token; l the log-ratio of
   a single completion, l_t that of a token; of a group a are the log-ratios and r the rewards; rho is the ratio of a token's probabilities
-  under the policy and the old one, A its advantage, logp its log-prob; |chosen| is the number of scored tokens; LS the log-sigmoid, S
-  the sigmoid. Log-probs are sums over tokens unless the formula says otherwise.
+  under the policy and the old one, A its advantage, logp its log-prob, clip(x) = max(1 - clip_low, min(x, 1 + clip_high)); |chosen| is
+  the number of scored tokens; LS the log-sigmoid, S the sigmoid. Log-probs are sums over tokens unless the formula says otherwise.
 - **Needs.** What a call must have beyond the sums of the policy, or the log-probs of its tokens. `linear_preference_loss` makes lengths,
   log_sum_sq_prob and kl_score itself. Advantages are never made inside an objective: `group_advantages` makes them from rewards.
 - **Beside a loss of tokens** there are arguments of `policy_loss`, the same for all: the divergence from the reference (`kl_weight`), the
@@ -63,12 +63,15 @@ named = objective_of("trl", "simpo", simpo_gamma=0.8)      # the installed versi
 named = objective_of("trl", ["sigmoid", "sft"], loss_weights=[1.0, 0.5], version="1.16")
 named = objective_of("llama_factory", "sigmoid", pref_beta=0.1, pref_ftx=0.2)
 loss, metrics = preference_loss(policy, reference, lengths=lengths, **named.arguments())
+
+named = objective_of("trl", "dapo", beta=0.04, version="1.16")      # a loss of tokens
+loss, metrics = policy_loss(logprob, cu_seqlens, advantages=advantages, reference_logprob=reference_logprob, **named.arguments())
 ```
 
 One name may stand for other numbers in another version or another trainer, so the version is part of the question. Covered are
-{read}, whose code was read; TRL's last is run beside ours by
-`tests/test_objectives_originals.py`. A setting that the library would ignore, or that nothing here honours, is refused, and `named.note`
-says what remains to be given or differs:
+{read}, whose code was read (TRL's losses of tokens: 1.16); TRL's last is run beside ours by
+`tests/test_objectives_originals.py` and `tests/test_policy_originals.py`. A setting that the library would ignore, or that nothing here
+honours, is refused, and `named.note` says what remains to be given or differs:
 
 {notes}
 In the tables below a trainer is named where it is not the one for DPO, versions where the name is not in all of them, settings where they
@@ -209,6 +212,7 @@ def _name(rows: list[Name]) -> str:
         words = ", ".join(filter(None, words))
         said += [f"{_versions(row)}: {words}" if apart and words else words]
     said += [f"with `{term}` for its own term" for term, _ in first.plus]
+    said += [f"with `{argument}={value!r}`" for argument, value in first.call.items()]
     said += [f"with `{rule.name}` times {_term(rule)} for its own term" for rule in _imitating(first)]
     return f"{READ[first.library].title} {_called(first)}{_in_brackets(', '.join(filter(None, said)))}"
 

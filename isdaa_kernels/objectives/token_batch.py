@@ -26,7 +26,10 @@ class Segments:
         return self.spread(self.sum(value_N))
 
     def later(self, value_N: Tensor) -> Tensor:
-        """At every token the sum over the tokens after it in its run; [N]. A non-finite value makes NaN of its run and of no other."""
+        """At every token the sum over the tokens after it in its run; [N]. A non-finite value makes NaN of its run and of no other.
+
+        A scan, whose order of summation a GPU chooses: its last bits may differ from run to run.
+        """
         finite_N = value_N.isfinite()
         known_N = torch.where(finite_N, value_N, 0)
         end_N = self.spread(self.sum(known_N).cumsum(0))
