@@ -14,7 +14,6 @@ from isdaa_kernels.objectives import Objective, SamplerCorrection
 from isdaa_kernels.packed_batch import check_batch, check_reference, evaluate
 from isdaa_kernels.policy_loss import PolicyLoss, TokenInputs, check_policy
 from isdaa_kernels.routing import Routed
-from isdaa_kernels.stats import VocabStats
 from isdaa_kernels.vocab_order import VocabOrder
 
 
@@ -87,12 +86,12 @@ def linear_policy_loss(
         "sampler_logprob": sampler_logprob, "rewards": rewards, "token_kl": token_kl, "token_weight": token_weight,
         "step_cu_seqlens": step_cu_seqlens,
     }  # fmt: skip
-    # what the kernel makes is not there yet
-    to_come = VocabStats(entropy=hidden) if "entropy" in wanted else None
+    made = {"entropy"} if "entropy" in wanted else set()
+    made |= set() if reference is None else {"reference"}
     terms = check_policy(
-        N, S, hidden.device, TokenInputs(None, cu_seqlens, stats=to_come, **inputs), objective=objective, reduction=reduction,
+        N, S, hidden.device, TokenInputs(None, cu_seqlens, **inputs), objective=objective, reduction=reduction,
         max_length=max_length, denominator=denominator, correction=correction, off_policy_threshold=off_policy_threshold,
-        kl_weight=kl_weight, kl_corrected=kl_corrected, entropy_weight=entropy_weight, made_reference=reference is not None, **options,
+        kl_weight=kl_weight, kl_corrected=kl_corrected, entropy_weight=entropy_weight, made=made, **options,
     )  # fmt: skip
     check_reference(reference_logprob, reference, token_shape, head)
 

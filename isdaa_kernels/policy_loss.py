@@ -3,6 +3,7 @@
 Letters: N tokens of a packed batch, S completions.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -249,10 +250,11 @@ def check_policy(
     kl_weight: float,
     kl_corrected: bool,
     entropy_weight: float,
-    made_reference: bool = False,
+    made: Set[str] = frozenset(),
     **options: object,
 ) -> PolicyTerms:
-    """Checks what can be checked before the log-probs exist. `made_reference`: the call makes the reference's."""
+    """Checks what can be checked before the log-probs exist. `made`: what the call makes itself, of
+    "reference" and "entropy"."""
     objective = get_objective(objective)
     if objective.kind != "token":
         raise ValueError(
@@ -263,13 +265,14 @@ def check_policy(
         if isinstance(value, Tensor):
             raise ValueError(f"{objective.name}: {name}: expected a number, got a tensor {list(value.shape)}")
     _check_shapes(N, S, device, inputs)
-    has_reference = inputs.reference_logprob is not None or made_reference
+    has_reference = inputs.reference_logprob is not None or "reference" in made
     _check_needs(objective, inputs, has_reference)
     for name, value in (("kl_weight", kl_weight), ("entropy_weight", entropy_weight)):
         if not is_finite_number(value) or value < 0:
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
     _check_divergence(inputs, has_reference, kl_weight, kl_corrected)
-    if entropy_weight > 0 and (inputs.stats is None or inputs.stats.entropy is None):
+    has_entropy = "entropy" in made or (inputs.stats is not None and inputs.stats.entropy is not None)
+    if entropy_weight > 0 and not has_entropy:
         raise ValueError("stats: expected the entropy of each token for entropy_weight, got none")
     correction = _correction(objective, inputs, correction)
     _check_threshold(off_policy_threshold, inputs)

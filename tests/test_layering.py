@@ -38,7 +38,7 @@ ALLOWED = {
     "preference_loss": {"objectives", "ops", "preference_terms"},
     "packed_batch": {"linear_logprob", "lm_head", "sequence_logprob", "stats"},
     "policy_loss": {"objectives", "ops", "preference_terms", "sequence_logprob", "stats"},
-    "linear_policy_loss": {"lm_head", "objectives", "packed_batch", "policy_loss", "routing", "stats", "vocab_order"},
+    "linear_policy_loss": {"lm_head", "objectives", "packed_batch", "policy_loss", "routing", "vocab_order"},
     "linear_preference_loss": {
         "lm_head",
         "objectives",

@@ -293,7 +293,12 @@ REFUSED = [
     ("trl", "sigmoid", {"trainer": "cpo", "alpha": 0.1}, "alpha: expected 0.0 for 'sigmoid'"),
     ("trl", "alphapo", {"cpo_alpha": 0.5}, "cpo_alpha: expected 1.0 for 'alphapo'"),
     ("trl", "sigmoid", {"trainer": "cpo", "simpo_gamma": 0.1}, "simpo_gamma: expected 0.5"),
-    ("trl", "sigmoid", {"trainer": "ppo"}, "trainer: expected one of dpo, cpo, tpo, kto, orpo, online_dpo, grpo, rloo, got TRL"),
+    (
+        "trl",
+        "sigmoid",
+        {"trainer": "ppo"},
+        "trainer: expected one of dpo, cpo, tpo, kto, orpo, online_dpo, grpo, rloo, got TRL",
+    ),
     ("trl", "grpo", {"entropy_coef": 0.1}, "entropy_coef: expected 0.0 for 'grpo' of TRL 1.16.0 .grpo."),
     ("trl", "cispo", {"delta": 4.0}, "delta: expected None for 'cispo'"),
     (

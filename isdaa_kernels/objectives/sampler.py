@@ -79,10 +79,10 @@ def off_policy_keep(batch: TokenLogprob, threshold: float) -> Tensor:
     """False at the tokens of a completion with an advantage below 0 that the policy has left: the mean over its tokens of log sampler -
     log policy (log old, where there is no sampler) is above `threshold`; bool [N].
 
-    The off-policy sequence mask of DeepSeek-V3.2 (arXiv 2512.02556, equation 9), as in TRL.
+    The off-policy sequence mask of DeepSeek-V3.2 (arXiv 2512.02556, equation 9), as in TRL; a NaN is kept, for the loss to show it.
     """
     before_N = batch.old if batch.sampler is None else torch.where(batch.sampler.isnan(), batch.old, batch.sampler)
-    return (batch.advantages >= 0) | (batch.mean(before_N - batch.policy.detach()) <= threshold)
+    return ~((batch.advantages < 0) & (batch.mean(before_N - batch.policy.detach()) > threshold))
 
 
 def _level(batch: TokenLogprob, log_ratio_N: Tensor, level: str) -> Tensor:
