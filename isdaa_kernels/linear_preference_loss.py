@@ -77,7 +77,7 @@ def linear_preference_loss(
                        behaviour (which then must be per token): segment labels of +1 and -1, masks, decays. Counts of
                        tokens do not change. An importance weight is that of the weighted sums.
     reference_kl       KL(reference || policy) of each token's distribution, per token [N] or [1, N] (what lies at ignored tokens
-                       is not read), or summed per sequence [S]; differentiable.
+                       is not read), or summed per sequence [S]; differentiable: `linear_kl(..., direction="forward")`.
     temperature, max_scored, gradient, vocab_order, max_workspace_mb, backend, validate    as in `linear_logprob`.
     the others         as in `preference_loss`.
 

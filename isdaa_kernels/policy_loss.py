@@ -87,7 +87,7 @@ def policy_loss(
                    leaves out completions with an advantage below 0 that the policy has left (`sampler.off_policy_keep`); None: none.
     kl_weight      of the divergence from the reference, a token at a time: the k3 estimate, or `token_kl`. TRL calls it beta.
     kl_corrected   whether it is multiplied by the objective's ratio, which is differentiated too. TRL: use_bias_correction_kl.
-    token_kl       [N], the exact divergence of each token's distributions, differentiable, in the place of the estimate.
+    token_kl       [N], the exact divergence of each token's distributions (`linear_kl`), differentiable, in the place of the estimate.
     entropy_weight of the entropy of each token's distribution (`stats.entropy`), subtracted. Reduced as the loss is: TRL takes the mean
                    over tokens, whatever the loss type.
     stats          of `linear_logprob_stats`, [N] or [1, N]: their means become metrics.

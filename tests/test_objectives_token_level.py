@@ -10,6 +10,7 @@ from isdaa_kernels import (
     chosen_tokens,
     divergent_tokens,
     guidance_weight,
+    linear_kl,
     linear_preference_loss,
     policy_loss,
     preference_loss,
@@ -186,3 +187,13 @@ def test_they_are_dpo_with_weights():
     for name in ("tgdpo", "mcts_dpo"):
         assert OBJECTIVES[name].function is OBJECTIVES["dpo"].function
         assert "token_weight" in OBJECTIVES[name].needs
+
+
+@pytest.mark.parametrize("name", ["tdpo1", "tdpo2"])
+def test_tdpo_with_the_divergence_of_linear_kl(name):
+    """From hidden states to the loss without logits: both paths of the gradient, through log-probs and divergence, are those of logits."""
+    eye, logits = torch.eye(V, dtype=torch.float64), LOGITS.clone().requires_grad_()
+    kl_N = linear_kl(logits, eye, REFERENCE, eye, direction="forward", targets=TARGETS, backend="reference")
+    dense_N = (REFERENCE.softmax(-1) * (REFERENCE.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
+    expected = fused(logits, objective=name, beta=0.3, reference_kl=dense_N[None])
+    assert_same(fused(logits, objective=name, beta=0.3, reference_kl=kl_N[None]), expected.double(), logits)
