@@ -50,7 +50,6 @@ def test_memory_is_measured_in_another_process(tmp_path, monkeypatch):
 
 
 def test_trl_agrees():
-    pytest.importorskip("trl.kernels.chunked_divergence")
     problem = make_problem(load_states("random:16x300", 24))
     for direction in bench.DIRECTIONS:
         theirs, ours = (bench.make_call(name, problem, direction, "full")() for name in ("TRL chunked", "ours"))
