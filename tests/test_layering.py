@@ -98,7 +98,13 @@ def test_the_trainer_uses_public_names_only():
 
 
 # What an integration imports of others, beside torch; each is imported only where somebody asks for it.
-LIBRARIES = {"transformers": {"transformers"}, "trl": {"trl"}, "trl_trainer": {"datasets", "transformers", "trl"}}
+LIBRARIES = {
+    "axolotl": {"axolotl", "pydantic", "trl"},
+    "llama_factory": {"llamafactory"},
+    "transformers": {"transformers"},
+    "trl": {"trl"},
+    "trl_trainer": {"datasets", "transformers", "trl"},
+}
 
 
 @pytest.mark.parametrize("module", INTEGRATIONS, ids=str)
