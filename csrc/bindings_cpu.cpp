@@ -7,6 +7,7 @@
 #include "cpu/linear_kl_cpu.h"
 #include "cpu/linear_logprob_cpu.h"
 #include "cpu/pair_loss_cpu.h"
+#include "cpu/product_cpu.h"
 #include "cpu/routed_cpu.h"
 #include "keywords.h"
 
@@ -57,9 +58,9 @@ void backward_tile(uintptr_t logits, uintptr_t row_index, int64_t logits_stride,
 }
 
 template <typename T>
-RoutedTokens<T> routed_tokens(uintptr_t block_lse, int64_t block_lse_stride, uintptr_t row, uintptr_t position, uintptr_t lse,
+RoutedTokens<T> routed_tokens(uintptr_t block_lse, int64_t block_lse_stride, uintptr_t position, uintptr_t lse,
                               uintptr_t coefficient, uintptr_t slope, uintptr_t target, int64_t tokens, int64_t block) {
-  return {address<const T>(block_lse), block_lse_stride, address<const int64_t>(row), address<const int64_t>(position), address<const double>(lse),
+  return {address<const T>(block_lse), block_lse_stride, address<const int64_t>(position), address<const double>(lse),
           address<const T>(coefficient), address<const T>(slope), address<const int64_t>(target), tokens, block};
 }
 
@@ -70,26 +71,6 @@ void bind_route_blocks(const RoutedTokens<T>& token, double limit, double row_sh
                    address<int64_t>(hidden_count), threads});
 }
 
-void bind_list_tokens(uintptr_t route, int64_t tokens, int64_t hidden_count, uintptr_t listed) {
-  list_tokens(address<const uint8_t>(route), tokens, hidden_count, address<int64_t>(listed));
-}
-
-template <typename T>
-void bind_gather_rows(const RoutedTokens<T>& token, uintptr_t listed, int64_t count, uintptr_t values, int64_t stride, int64_t width,
-                      uintptr_t out, int threads) {
-  gather_rows<T>(token, address<const int64_t>(listed), count, address<const T>(values), stride, width, address<T>(out), threads);
-}
-
-template <typename T>
-void bind_routed_tile(const RoutedTokens<T>& token, uintptr_t listed, int64_t count, int64_t to_hidden, int64_t columns, int64_t b,
-                      uintptr_t product, uintptr_t entry, uintptr_t rest, uintptr_t sums, uintptr_t bias,
-                      uintptr_t inverse_temperature, double constant_inverse_temperature, double logit_scale, double softcap,
-                      int threads) {
-  routed_tile<T>({token, head<T>(bias, inverse_temperature, constant_inverse_temperature, logit_scale, softcap),
-                  address<const int64_t>(listed), count, to_hidden, columns, b, address<T>(product), address<const T>(entry),
-                  address<T>(rest), address<T>(sums), threads});
-}
-
 template <typename T>
 void bind_finish_block(uintptr_t sums, int64_t columns, int64_t width, uintptr_t gradient, uintptr_t rest_hidden, uintptr_t row,
                        uintptr_t out, double limit, double first, double second, int threads) {
@@ -98,30 +79,16 @@ void bind_finish_block(uintptr_t sums, int64_t columns, int64_t width, uintptr_t
 }
 
 template <typename T>
-void bind_add_rows(const RoutedTokens<T>& token, uintptr_t listed, int64_t count, uintptr_t values, int64_t width, uintptr_t out,
-                   int threads) {
-  add_rows<T>(token, address<const int64_t>(listed), count, address<const T>(values), width, address<T>(out), threads);
-}
-
-template <typename T>
 void define_routed(py::module_& m, const std::string& suffix) {
   const auto free = py::call_guard<py::gil_scoped_release>();
   py::class_<RoutedTokens<T>>(m, ("RoutedTokens_" + suffix).c_str())
-      .def(py::init(&routed_tokens<T>), py::arg("block_lse"), py::arg("block_lse_stride"), py::arg("row"), py::arg("position"), py::arg("lse"),
+      .def(py::init(&routed_tokens<T>), py::arg("block_lse"), py::arg("block_lse_stride"), py::arg("position"), py::arg("lse"),
            py::arg("coefficient"), py::arg("slope"), py::arg("target"), py::arg("tokens"), py::arg("block"));
   m.def(("route_blocks_" + suffix).c_str(), &bind_route_blocks<T>, free, py::arg("token"), py::arg("limit"), py::arg("row_share"),
         py::arg("blocks"), py::arg("route"), py::arg("rest"), py::arg("weight_count"), py::arg("hidden_count"), py::arg("threads"));
-  m.def(("gather_rows_" + suffix).c_str(), &bind_gather_rows<T>, free, py::arg("token"), py::arg("listed"), py::arg("count"),
-        py::arg("values"), py::arg("stride"), py::arg("width"), py::arg("out"), py::arg("threads"));
-  m.def(("routed_tile_" + suffix).c_str(), &bind_routed_tile<T>, free, py::arg("token"), py::arg("listed"), py::arg("count"),
-        py::arg("to_hidden"), py::arg("columns"), py::arg("b"), py::arg("product"), py::arg("entry"), py::arg("rest"),
-        py::arg("sums"), py::arg("bias"), py::arg("inverse_temperature"), py::arg("constant_inverse_temperature"),
-        py::arg("logit_scale"), py::arg("softcap"), py::arg("threads"));
   m.def(("finish_block_" + suffix).c_str(), &bind_finish_block<T>, free, py::arg("sums"), py::arg("columns"), py::arg("width"),
         py::arg("gradient"), py::arg("rest_hidden"), py::arg("row"), py::arg("out"), py::arg("limit"), py::arg("first"),
         py::arg("second"), py::arg("threads"));
-  m.def(("add_rows_" + suffix).c_str(), &bind_add_rows<T>, free, py::arg("token"), py::arg("listed"), py::arg("count"),
-        py::arg("values"), py::arg("width"), py::arg("out"), py::arg("threads"));
 }
 
 template <typename T>
@@ -162,13 +129,20 @@ PYBIND11_MODULE(_cpu, m) {
   isdaa::define<double>(m, "float64");
   isdaa::define_routed<float>(m, "float32");
   isdaa::define_routed<double>(m, "float64");
-  m.def("list_tokens", &isdaa::bind_list_tokens, py::arg("route"), py::arg("tokens"), py::arg("hidden_count"), py::arg("listed"));
+  isdaa::define_by_keywords(m, "routed_block_float32", &isdaa::routed_block<float>);
+  isdaa::define_by_keywords(m, "routed_block_float64", &isdaa::routed_block<double>);
   isdaa::define_by_keywords(m, "kl_fold_tile_float32", &isdaa::kl_fold_tile<float>);
   isdaa::define_by_keywords(m, "kl_fold_tile_float64", &isdaa::kl_fold_tile<double>);
   isdaa::define_by_keywords(m, "kl_mixture_tile_float32", &isdaa::kl_mixture_tile<float>);
   isdaa::define_by_keywords(m, "kl_mixture_tile_float64", &isdaa::kl_mixture_tile<double>);
   isdaa::define_by_keywords(m, "kl_gradient_tile_float32", &isdaa::kl_gradient_tile<float>);
   isdaa::define_by_keywords(m, "kl_gradient_tile_float64", &isdaa::kl_gradient_tile<double>);
+  isdaa::define_by_keywords(m, "pack_panels_float32", &isdaa::pack_panels<float>);
+  isdaa::define_by_keywords(m, "pack_panels_float64", &isdaa::pack_panels<double>);
+  isdaa::define_by_keywords(m, "multiply_panels_float32", &isdaa::multiply_panels<float>);
+  isdaa::define_by_keywords(m, "multiply_panels_float64", &isdaa::multiply_panels<double>);
+  m.def("panel_width_float32", &isdaa::panel_width<float>);
+  m.def("panel_width_float64", &isdaa::panel_width<double>);
   isdaa::define_by_keywords(m, "pair_loss_forward", &isdaa::pair_loss_forward);
   isdaa::define_by_keywords(m, "pair_loss_backward", &isdaa::pair_loss_backward);
   m.def("instruction_set", &isdaa::instruction_set, "The instruction set in use: avx512, avx2 or baseline.");

@@ -5,7 +5,7 @@ N tokens, D hidden size, V vocabulary.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isdaa_kernels import ops
+from isdaa_kernels.backends.cpu import products
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.stats import DIFFERENTIABLE, STATS, VocabStats
 
@@ -229,12 +230,25 @@ def assert_error_contract(name: str, ours: Tensor, dense: Tensor, truth: Tensor,
 class FlopCounter(TorchDispatchMode):
     """Counts the flop of every matrix product inside the block, also within our operators: `with FlopCounter() as c: ...; c.flop`.
 
-    Vector work and matrix-vector products are not counted. Products made by kernels that are no PyTorch operator are not seen.
+    Vector work and matrix-vector products are not counted, nor are products inside the kernels of a GPU.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flop = 0
+        self.watches: list = []  # of the nested entries of this mode
+
+    def __enter__(self):
+        self.watches.append(_watched_products(self._count_product) if not self.watches else nullcontext())
+        self.watches[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.watches.pop().__exit__(*error)
+        return super().__exit__(*error)
+
+    def _count_product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        self.flop += 2 * left.numel() * out.shape[1]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _OPERATORS:
@@ -265,24 +279,29 @@ def poisoned_empty() -> Iterator[None]:
 
 @contextmanager
 def denormal_numbers_in_products() -> Iterator[list[bool]]:
-    """Within the block, for each factor and result of `torch.mm(..., out=...)` and `addmm_`: whether it held a denormal fp32 number."""
+    """Within the block, for each factor and result of a product of the CPU backend: whether it held a denormal fp32 number."""
     seen: list[bool] = []
-    plain_mm, plain_addmm = torch.mm, Tensor.addmm_
 
     def look(*tensors: Tensor) -> None:
         for tensor in tensors:
             size = tensor.abs()
             seen.append(bool(((size > 0) & (size < torch.finfo(torch.float32).smallest_normal)).any()))
 
-    def mm(a, b, *, out):
-        plain_mm(a, b, out=out)
-        look(a, b, out)
+    with _watched_products(look):
+        yield seen
+
+
+@contextmanager
+def _watched_products(see) -> Iterator[None]:
+    """Within the block `see(left, right, out)` is called after each product of the CPU backend, with the rows and panels that took part."""
+    plain = products.multiply
+
+    def multiply(left, panels, out, *, left_rows=None, out_rows=None, **options):
+        plain(left, panels, out, left_rows=left_rows, out_rows=out_rows, **options)
+        factor = left if left_rows is None else left[left_rows]
+        result = out if out_rows is None else out[out_rows]
+        see(factor, panels.used(), result)
         return out
 
-    def addmm_(self, a, b):
-        plain_addmm(self, a, b)
-        look(a, b, self)
-        return self
-
-    with mock.patch.object(torch, "mm", mm), mock.patch.object(Tensor, "addmm_", addmm_):
-        yield seen
+    with mock.patch.object(products, "multiply", multiply):
+        yield

@@ -8,7 +8,7 @@ import torch
 
 from isdaa_kernels import NoBackend, Routed, explain_backends
 from isdaa_kernels.backends import triton as triton_backend
-from isdaa_kernels.backends.cpu import tiles
+from isdaa_kernels.backends.cpu import extension as cpu_extension
 from isdaa_kernels.backends.cuda import extension
 from isdaa_kernels.dispatch import PREFERENCE, Problem, select_backend
 
@@ -42,8 +42,8 @@ def test_a_backend_asked_for_by_name_refuses_with_its_sentence():
 
 
 def test_reference_never_stands_in_for_a_missing_cpu_backend(monkeypatch):
-    monkeypatch.setattr(tiles, "native", None)
-    monkeypatch.setattr(tiles, "missing", "no such file")
+    monkeypatch.setattr(cpu_extension, "native", None)
+    monkeypatch.setattr(cpu_extension, "missing", "no such file")
     with pytest.raises(NoBackend, match=r"the compiled part is missing \(no such file\).*backend='reference'"):
         select_backend(CPU)
     assert select_backend(CPU, "reference") is not None
@@ -60,7 +60,7 @@ def test_explain_backends_has_a_line_for_each():
     assert lines[1].endswith("takes it")
     assert "refuses: takes tensors on the CPU" in lines[2]
     assert lines[3].endswith("takes it")
-    assert tiles.native.instruction_set() in explain_backends()
+    assert cpu_extension.native.instruction_set() in explain_backends()
 
 
 def test_a_gpu_gets_the_compiled_kernels_where_they_were_built_for_it(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels import LMHead, NoBackend, explain_backends, linear_kl, ops, plan
-from isdaa_kernels.backends.cpu import tiles
+from isdaa_kernels.backends.cpu import extension
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.divergence import Divergence
 from isdaa_kernels.testing import (
@@ -570,9 +570,9 @@ def test_a_bound_on_the_scored_tokens():
 @pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_instruction_set(name, kind):
-    best = tiles.native.instruction_set()
+    best = extension.native.instruction_set()
     try:
-        tiles.native.use_instruction_set(name)
+        extension.native.use_instruction_set(name)
     except ValueError:
         return
     try:
@@ -583,7 +583,7 @@ def test_every_instruction_set(name, kind):
         truth = dense(near, torch.float64, **KINDS[kind])
         assert relative_error(ours(near, "cpu", **KINDS[kind])[0], truth[0]) < 1e-3
     finally:
-        tiles.native.use_instruction_set(best)
+        extension.native.use_instruction_set(best)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", None])

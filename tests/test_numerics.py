@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isdaa_kernels import linear_logprob, linear_logprob_stats, logprob_stats_from_logits
-from isdaa_kernels.backends.cpu import tiles
+from isdaa_kernels.backends.cpu import extension
 from isdaa_kernels.stats import STATS
 from isdaa_kernels.testing import (
     assert_error_contract,
@@ -254,19 +254,19 @@ def _check_statistics(sample, head):
 @pytest.mark.parametrize("head", [{}, {"logit_scale": 0.5, "softcap": 4.0, "temperature": 0.8}])
 def test_every_instruction_set(name, head):
     """Those that this processor has; one that it lacks refuses by name."""
-    best = tiles.native.instruction_set()
+    best = extension.native.instruction_set()
     try:
-        tiles.native.use_instruction_set(name)
+        extension.native.use_instruction_set(name)
     except ValueError as error:
         assert name in str(error)  # noqa: PT017
-        assert tiles.native.instruction_set() == best
+        assert extension.native.instruction_set() == best
         return
     try:
-        assert tiles.native.instruction_set() == name
+        assert extension.native.instruction_set() == name
         sample = make_sample(130, 16, 2077, bias=True)
         truth = sample.grads(lambda h, w, b: dense_logprob(h, w, sample.targets, bias=b, **head), torch.float64)
         for ours, true in zip(_ours(sample, **head), truth, strict=True):
             assert relative_error(ours, true) < 1e-6
         _check_statistics(sample, head)
     finally:
-        tiles.native.use_instruction_set(best)
+        extension.native.use_instruction_set(best)

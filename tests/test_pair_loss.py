@@ -23,7 +23,7 @@ from pair_loss_cases import (
 
 from isdaa_kernels import linear_preference_loss, ops, preference_loss
 from isdaa_kernels.backends.cpu import pair_loss as cpu
-from isdaa_kernels.backends.cpu.tiles import native
+from isdaa_kernels.backends.cpu.extension import native
 from isdaa_kernels.objectives import OBJECTIVES, ImportanceWeight, Objective, SequenceInputs
 from isdaa_kernels.objectives.importance import MODES as WEIGHT_MODES
 from isdaa_kernels.objectives.metrics import PAIR_METRICS

@@ -34,7 +34,7 @@ def test_more_workspace_buys_less_work():
 
 def test_a_16_bit_hidden_that_does_not_fit_takes_two_passes():
     tight = plan(8192, 131072, 4096, torch.bfloat16, max_workspace_mb=64)
-    assert (tight.split, tight.units, tight.token_tile) == (True, 5.0, 512)
+    assert (tight.split, tight.units, tight.token_tile) == (True, 5.0, 256)
     assert not plan(8192, 131072, 4096, torch.bfloat16, max_workspace_mb=256).split
     assert plan(8192, 131072, 4096, torch.bfloat16, frozen_head=True, max_workspace_mb=64).units == 3.0
 
@@ -54,7 +54,7 @@ def test_a_small_budget_takes_smaller_tiles_first():
 
 
 def test_it_is_printable_and_refuses_nonsense():
-    assert "tiles of 2048 tokens x 2048 vocabulary rows" in str(plan(4096, 49152, 576))
+    assert "tiles of 1024 tokens x 2048 vocabulary rows" in str(plan(4096, 49152, 576))
     with pytest.raises(ValueError, match="N: expected a positive number, got 0"):
         plan(0, 5, 5)
     with pytest.raises(ValueError, match="max_workspace_mb: expected at least"):

@@ -309,7 +309,7 @@ def test_a_softcap_and_a_missing_backend_are_refused_at_once(config, policy, tmp
     with pytest.raises(ValueError, match=r"softcap: expected None with gradient=Routed\(\.\.\.\), got 5"):
         Trainer(dataclasses.replace(config, model=str(tmp_path / "gemma"), attention="eager"))
     assert not Path(config.out).exists()
-    monkeypatch.setattr("isdaa_kernels.backends.cpu.tiles.native", None)
+    monkeypatch.setattr("isdaa_kernels.backends.cpu.extension.native", None)
     with pytest.raises(NoBackend, match="the compiled part is missing"):
         check_routing(policy, config)
 

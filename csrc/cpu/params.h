@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../fields.h"
+
 namespace isdaa {
 
 // z = softcap * tanh(logit_scale * (x + bias) / softcap) / temperature, where x is what the matrix product left.
@@ -78,7 +80,6 @@ template <typename T>
 struct RoutedTokens {
   const T* block_lse;       // [B, .]: token n stands in column position[n]
   int64_t block_lse_stride;
-  const int64_t* row;       // [N] row of hidden
   const int64_t* position;  // [N]
   const double* lse;        // [N]
   const T* coefficient;     // [N] of p in the gradient of z
@@ -118,13 +119,49 @@ struct RoutedTile {
   T* product;            // [T, C] in and out
   const T* entry;        // [N] gradient of z in the target's column
   T* rest;               // [N] of the block: filled in for the rows from `to_hidden` on
-  T* sums;               // [threads, C]: sums over the rows of exp(z - block_lse) join the first row, the others are scratch
-  int threads;
+};
+
+// One block: its tokens are listed, the products of their hidden states with its rows of weight made and turned into gradients, and these
+// multiplied into the gradients of hidden and weight; in pieces of tokens.
+template <typename T>
+struct RoutedBlock {
+  RoutedTokens<T> token;
+  const uint8_t* route;  // [N] of the block
+  int64_t weight_count, hidden_count, columns, b;
+  const T* bias;         // [C], or null
+  const T* inverse_temperature;
+  T constant_inverse_temperature, logit_scale, softcap;
+  const T* entry;        // [N] gradient of z in the target's column
+  T* rest;               // [N] of the block
+  const T* hidden;       // token n is row[n]
+  const int64_t* row;    // [N]
+  int64_t hidden_stride, width;
+  const T* weight_columns;  // panels [D, C]
+  const T* weight_rows;     // panels [C, D]
+  T* d_hidden;           // rows as in `hidden`, `width` apart, which the block's gradient joins; or null
+  T* d_weight;           // [C, D] out, or null
+  T* d_bias;             // [threads, C]: the first row out, the others scratch; or null
+  T* sums;               // [threads, C]: sums over the tokens of exp(z - block_lse); the first row out, the others scratch
+  int64_t piece;         // tokens at a time
+  int64_t* listed;       // [N] scratch
+  int64_t* where;        // [N] scratch
+  T* product;            // [piece, C] scratch
+  T* hidden_panels;      // panels [piece, D], scratch
+
+  RoutedTile<T> tile(int64_t start, int64_t count) const {
+    const int64_t to_hidden = hidden_count - start;
+    return {token, {bias, inverse_temperature, constant_inverse_temperature, logit_scale, softcap}, listed + start, count, to_hidden, columns, b,
+            product, entry, rest};
+  }
+
+  ISDAA_FIELDS(token, route, weight_count, hidden_count, columns, b, bias, inverse_temperature, constant_inverse_temperature, logit_scale,
+               softcap, entry, rest, hidden, row, hidden_stride, width, weight_columns, weight_rows, d_hidden, d_weight, d_bias, sums, piece,
+               listed, where, product, hidden_panels)
 };
 
 // The end of a block: its mean distribution, and its rows of the gradient of weight with what they get from the rest.
 template <typename T>
-struct RoutedBlock {
+struct RoutedBlockEnd {
   T* sums;                // [C] in: of the block's distributions, out: their mean (uniform where there is none)
   int64_t columns, width;
   const T* gradient;      // [C, D] of the routed tokens, or null: no gradient of weight

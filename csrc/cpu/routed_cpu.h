@@ -7,20 +7,8 @@ namespace isdaa {
 template <typename T>
 void route_blocks(const RouteBlocks<T>& blocks);
 template <typename T>
-void routed_tile(const RoutedTile<T>& tile);
+void routed_block(const RoutedBlock<T>& block, int threads);
 template <typename T>
-void finish_block(const RoutedBlock<T>& block);
-
-// Tokens with route kWeightAndHidden, of which there are `hidden_count`, then those with kWeight.
-void list_tokens(const uint8_t* route, int64_t tokens, int64_t hidden_count, int64_t* listed);
-
-// out[i] = values[row of listed[i]] for i below `count`
-template <typename T>
-void gather_rows(const RoutedTokens<T>& token, const int64_t* listed, int64_t count, const T* values, int64_t stride, int64_t width,
-                 T* out, int threads);
-
-// out[row of listed[i]] += values[i]; no token stands twice in `listed`.
-template <typename T>
-void add_rows(const RoutedTokens<T>& token, const int64_t* listed, int64_t count, const T* values, int64_t width, T* out, int threads);
+void finish_block(const RoutedBlockEnd<T>& block);
 
 }  // namespace isdaa

@@ -1,7 +1,7 @@
 // One row of a tile. Included by every row_kernels_<isa>.cpp after simd.h, inside that file's namespace.
 // fp32 is vectorised; fp64 is the exact, plain loop that gradient checks use.
 
-// Below these the gradient entry p is written as 0, so that no product of the library's GEMM meets a denormal number.
+// Below these the gradient entry p is written as 0, so that no matrix product meets a denormal number.
 constexpr float kSmallestLogProbability = -50.0f;
 constexpr double kSmallestLogProbability64 = -650.0;
 // The entropy multiplies p by its log, so there the entry itself is compared, with exp(kSmallestLogProbability), and p goes further down.
@@ -316,7 +316,7 @@ inline void gradient_row(const GradientTile<double>& p, int64_t i) {
   }
 }
 
-// 0 for what would be, or make, a denormal number in the library's GEMM.
+// 0 for what would be, or make, a denormal number in a matrix product.
 inline float no_denormal(float x) { return __builtin_fabsf(x) < 1e-30f ? 0.0f : x; }
 inline double no_denormal(double x) { return x; }
 

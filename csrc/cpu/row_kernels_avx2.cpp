@@ -10,6 +10,7 @@
 namespace isdaa {
 namespace avx2 {
 #include "simd.h"
+#include "product_kernels.h"
 #include "row_kernels.h"
 #include "linear_kl_rows.h"
 
@@ -30,7 +31,8 @@ void kl_gradient_f64(const KlTile<double>& p, int64_t row) { kl_gradient_row(p, 
 }  // namespace avx2
 
 const RowTable row_table_avx2 = {"avx2", avx2::fold_f32, avx2::fold_f64, avx2::gradient_f32, avx2::gradient_f64, avx2::routed_f32, avx2::routed_f64, avx2::route_f32, avx2::route_f64,
-    avx2::kl_fold_f32, avx2::kl_fold_f64, avx2::kl_mixture_f32, avx2::kl_mixture_f64, avx2::kl_gradient_f32, avx2::kl_gradient_f64};
+    avx2::kl_fold_f32, avx2::kl_fold_f64, avx2::kl_mixture_f32, avx2::kl_mixture_f64, avx2::kl_gradient_f32, avx2::kl_gradient_f64,
+    avx2::product_table<float>(), avx2::product_table<double>()};
 }  // namespace isdaa
 
 #if defined(__clang__)

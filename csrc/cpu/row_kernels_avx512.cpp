@@ -10,6 +10,7 @@
 namespace isdaa {
 namespace avx512 {
 #include "simd.h"
+#include "product_kernels.h"
 #include "row_kernels.h"
 #include "linear_kl_rows.h"
 
@@ -30,7 +31,8 @@ void kl_gradient_f64(const KlTile<double>& p, int64_t row) { kl_gradient_row(p, 
 }  // namespace avx512
 
 const RowTable row_table_avx512 = {"avx512", avx512::fold_f32, avx512::fold_f64, avx512::gradient_f32, avx512::gradient_f64, avx512::routed_f32, avx512::routed_f64, avx512::route_f32, avx512::route_f64,
-    avx512::kl_fold_f32, avx512::kl_fold_f64, avx512::kl_mixture_f32, avx512::kl_mixture_f64, avx512::kl_gradient_f32, avx512::kl_gradient_f64};
+    avx512::kl_fold_f32, avx512::kl_fold_f64, avx512::kl_mixture_f32, avx512::kl_mixture_f64, avx512::kl_gradient_f32, avx512::kl_gradient_f64,
+    avx512::product_table<float>(), avx512::product_table<double>()};
 }  // namespace isdaa
 
 #if defined(__clang__)

@@ -4,6 +4,7 @@
 namespace isdaa {
 namespace baseline {
 #include "simd.h"
+#include "product_kernels.h"
 #include "row_kernels.h"
 #include "linear_kl_rows.h"
 
@@ -24,5 +25,6 @@ void kl_gradient_f64(const KlTile<double>& p, int64_t row) { kl_gradient_row(p, 
 }  // namespace baseline
 
 const RowTable row_table_baseline = {"baseline", baseline::fold_f32, baseline::fold_f64, baseline::gradient_f32, baseline::gradient_f64, baseline::routed_f32, baseline::routed_f64, baseline::route_f32, baseline::route_f64,
-    baseline::kl_fold_f32, baseline::kl_fold_f64, baseline::kl_mixture_f32, baseline::kl_mixture_f64, baseline::kl_gradient_f32, baseline::kl_gradient_f64};
+    baseline::kl_fold_f32, baseline::kl_fold_f64, baseline::kl_mixture_f32, baseline::kl_mixture_f64, baseline::kl_gradient_f32, baseline::kl_gradient_f64,
+    baseline::product_table<float>(), baseline::product_table<double>()};
 }  // namespace isdaa

@@ -1,9 +1,20 @@
 // What one instruction set offers; chosen once, at run time.
 #pragma once
+#include <type_traits>
+
 #include "linear_kl_params.h"
 #include "params.h"
+#include "product_params.h"
 
 namespace isdaa {
+
+template <typename T>
+struct ProductTable {
+  int64_t height, panel_width;  // rows and columns that stay in registers
+  int64_t scratch;              // elements that `multiply` needs where the left factor is transposed
+  void (*pack)(const Packing<T>&, int64_t begin, int64_t end);
+  void (*multiply)(const Product<T>&, const Part&, T* scratch);
+};
 
 struct RowTable {
   const char* name;
@@ -21,6 +32,8 @@ struct RowTable {
   void (*kl_mixture_f64)(const KlTile<double>&, int64_t row);
   void (*kl_gradient_f32)(const KlTile<float>&, int64_t row);
   void (*kl_gradient_f64)(const KlTile<double>&, int64_t row);
+  ProductTable<float> product_f32;
+  ProductTable<double> product_f64;
 };
 
 const RowTable& chosen_row_table();

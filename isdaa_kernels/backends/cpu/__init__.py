@@ -1,11 +1,11 @@
-"""C++ row kernels over tiles of logits that the library's GEMM makes: logits exist one tile at a time.
+"""C++ kernels for matrix products and for the rows of what they make: logits exist one tile at a time.
 
-The forward's products all have one shape (padded), so a token's log-prob does not depend on its neighbours. In the backward every
-token's coefficient is scaled by a power of two into [1, 2) and unscaled in the sums: tiny coefficients meet no denormal number.
+A product sums each of its elements in one order, so a token's log-prob does not depend on its neighbours. In the backward every token's
+coefficient is scaled by a power of two into [1, 2) and unscaled in the sums: tiny coefficients meet no denormal number.
 N tokens, D hidden size, V vocabulary.
 """
 
-from isdaa_kernels.backends.cpu import tiles
+from isdaa_kernels.backends.cpu import extension
 from isdaa_kernels.backends.cpu.backward import backward
 from isdaa_kernels.backends.cpu.forward import forward
 from isdaa_kernels.backends.cpu.logits import backward_logits, forward_logits
@@ -18,12 +18,12 @@ __all__ = ["backward", "backward_logits", "describe", "forward", "forward_logits
 def refusal(problem: Problem) -> str | None:
     if problem.device_type != "cpu":
         return f"takes tensors on the CPU, not on {problem.device_type}"
-    if tiles.native is None:
-        return f"the compiled part is missing ({tiles.missing}); reinstall isdaa-kernels where a C++17 compiler is"
+    if extension.native is None:
+        return f"the compiled part is missing ({extension.missing}); reinstall isdaa-kernels where a C++17 compiler is"
     return None
 
 
 def describe() -> str:
-    if tiles.native is None:
-        return f"not built: {tiles.missing}"
-    return f"C++ row kernels for {tiles.native.instruction_set()}, products by torch.mm"
+    if extension.native is None:
+        return f"not built: {extension.missing}"
+    return f"C++ row kernels for {extension.native.instruction_set()}, products over panels"

@@ -10,11 +10,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from isdaa_kernels.backends.cpu import products
 from isdaa_kernels.backends.cpu.frozen_head import hidden_gradient
 from isdaa_kernels.backends.cpu.plan import make_plan
 from isdaa_kernels.backends.cpu.routed import backward_routed
 from isdaa_kernels.backends.cpu.sums import BiasSum, HiddenSum, Upstream, WeightSum
-from isdaa_kernels.backends.cpu.tiles import LEAST_HEIGHT, HiddenTiles, RowKernels, WeightTiles, kept_block, spans
+from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, WeightTiles, kept_block, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import TokenGradient
@@ -75,36 +76,36 @@ class Sweep:
         d_weight = WeightSum(self.weight_VD, self.plan.vocab_tile, up) if need_weight else None
         d_bias = BiasSum(self.kernels.transform.bias_V, up) if need_bias else None
         if need_hidden or need_weight or need_bias:
-            for token, columns, g_TC, hidden_TD, weight_CD in self._gradient_tiles(tokens_outside):
+            for token, columns, g_TC, hidden, weight in self._gradient_tiles(tokens_outside):
                 if d_hidden is not None:
-                    d_hidden.add(token, columns, g_TC, weight_CD, last=columns[1] == self.V)
+                    d_hidden.add(token, columns, g_TC, weight, last=columns[1] == self.V)
                 if d_weight is not None:
-                    d_weight.add(token, columns, g_TC, hidden_TD, last=token[1] == len(self.rows))
+                    d_weight.add(token, columns, g_TC, hidden, last=token[1] == len(self.rows))
                 if d_bias is not None:
                     d_bias.add(token, columns, g_TC)
         return tuple(None if d is None else d.finish() for d in (d_hidden, d_weight, d_bias))
 
     def _gradient_tiles(self, tokens_outside: bool):
-        """Yields (token span, vocabulary span, gradient of the product [T, C], hidden [T, D], weight [C, D])."""
+        """Yields (token span, vocabulary span, gradient of the product [T, C], tiles of hidden, of weight)."""
         tile, C = self.plan.token_tile, self.plan.vocab_tile
         hidden = HiddenTiles(self.hidden_ND, self.rows, tile, self.dtype)
         weight = WeightTiles(self.weight_VD, C, self.dtype)
-        buffer = torch.empty(max(tile, LEAST_HEIGHT) * C, dtype=self.dtype)
+        buffer = torch.empty(tile * C, dtype=self.dtype)
         tokens, columns = self._token_spans(), spans(self.V, C)
         pairs = product(tokens, columns) if tokens_outside else ((t, c) for c, t in product(columns, tokens))
         for token, column in pairs:
-            padded_TD, weight_CD = hidden.load(*token), weight.load(*column)
-            padded_TC = buffer[: len(padded_TD) * len(weight_CD)].view(len(padded_TD), len(weight_CD))
-            hidden_TD, g_TC = (padded[: token[1] - token[0]] for padded in (padded_TD, padded_TC))
+            T, C = token[1] - token[0], column[1] - column[0]
+            g_TC = buffer[: T * C].view(T, C)
             source, source_rows = g_TC, None
             if token[0] < len(self.kept_rows):
                 source, source_rows = kept_block(self.kept_KV, *column), self.kept_rows[token[0] : token[1]]
             else:
-                torch.mm(padded_TD, weight_CD.T, out=padded_TC)
+                hidden_ND, rows_T = hidden.left(*token)
+                products.multiply(hidden_ND, weight.columns_of(*column), g_TC, left_rows=rows_T)
             self.kernels.backward_tile(
                 source, source_rows, g_TC, None, token[0], column[0], self.lse_N, self.upstream.mantissa
             )
-            yield token, column, g_TC, hidden_TD, weight_CD
+            yield token, column, g_TC, hidden, weight
 
     def _token_spans(self) -> list[tuple[int, int]]:
         """No tile mixes tokens whose logits were kept with others."""

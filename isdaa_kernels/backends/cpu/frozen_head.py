@@ -8,7 +8,9 @@ N tokens of the call, K scored ones, D hidden size, V vocabulary, T tokens and C
 import torch
 from torch import Tensor
 
+from isdaa_kernels.backends.cpu import products
 from isdaa_kernels.backends.cpu.plan import make_plan
+from isdaa_kernels.backends.cpu.products import Panels
 from isdaa_kernels.backends.cpu.tiles import RowKernels, State, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
@@ -31,7 +33,7 @@ class MeanWeight:
         column: int,
         product_TC: Tensor,
         p_TC: Tensor,
-        weight_CD: Tensor,
+        weight_CD: Panels,
         old_max_T: Tensor,
         state: State,
     ) -> None:
@@ -47,7 +49,7 @@ class MeanWeight:
         p_TC[here_T, target_T[here_T]] = 0
         sum_TD = self.sum_KD[token : token + T]
         sum_TD.mul_((old_max_T - new_max_T).exp_().nan_to_num_(nan=0.0)[:, None])  # both -inf: nothing is summed yet
-        sum_TD.addmm_(p_TC, weight_CD)
+        products.multiply(p_TC, weight_CD, sum_TD, add=True)
 
     def finish(self, state: State) -> Tensor:
         """[max_scored, D], in units of probability, 0 behind the last scored token."""

@@ -1,4 +1,4 @@
-"""`linear_kl` on the CPU: a tile of each head's logits by the library's products, folded together by the C++ row kernels.
+"""`linear_kl` on the CPU: a tile of each head's logits, folded together by the C++ row kernels.
 
 forward and reverse take one pass over both heads. jsd needs both log-sum-exps before its first term: a stripe of tokens keeps the logits
 of both heads for the whole vocabulary until it has them, or, where memory is short, a second pass makes them again.
@@ -11,11 +11,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from isdaa_kernels.backends.cpu import products
 from isdaa_kernels.backends.cpu.backward import Sweep
 from isdaa_kernels.backends.cpu.linear_kl_kernels import KlKernels, KlState
-from isdaa_kernels.backends.cpu.plan import BACKWARD_TOKENS, FORWARD_TOKENS, forward_spans, vocab_tile
+from isdaa_kernels.backends.cpu.plan import BACKWARD_TOKENS, forward_spans, panel_numbers_of_tiles, vocab_tile
+from isdaa_kernels.backends.cpu.products import panel_numbers
 from isdaa_kernels.backends.cpu.sums import Upstream
-from isdaa_kernels.backends.cpu.tiles import LEAST_HEIGHT, HiddenTiles, RowKernels, WeightTiles, scatter, spans
+from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, WeightTiles, scatter, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.divergence import Model
 from isdaa_kernels.stats import TokenGradient
@@ -23,6 +25,7 @@ from isdaa_kernels.targets import raise_bad_targets, scored_rows
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
 
 _STRIPE_MIB = 128  # of both heads' logits, when no workspace is given; the least stripe may take more
+_TALLEST_STRIPE = 512
 _STATE_BYTES = 256  # a token: running sums, what they become, indices
 
 
@@ -69,7 +72,7 @@ def forward(
         tiles = _Tiles(problem, policy, reference, rows, spans(len(rows), stripe), wide=True)
         _mixture_in_stripes(tiles, kernels, state)
     else:
-        tiles = _Tiles(problem, policy, reference, rows, forward_spans(len(rows), plan, dtype))
+        tiles = _Tiles(problem, policy, reference, rows, forward_spans(len(rows), plan))
         for token, column, policy_TC, reference_TC in tiles.by_columns():
             kernels.fold(policy_TC, reference_TC, token, column, state)
         if jsd:
@@ -121,11 +124,8 @@ class KlSweep(Sweep):
             coefficient_N = self.upstream.mantissa.logprob_N
             self.pair.gradient(policy_TC, reference_TC, token, column, self.numbers, coefficient_N)
             T, C = policy_TC.shape
-            hidden_TD, weight_CD = (
-                tiles.policy.hidden.load(token, token + T)[:T],
-                tiles.policy.weight.load(column, column + C),
-            )
-            yield (token, token + T), (column, column + C), policy_TC, hidden_TD, weight_CD
+            side = tiles.policy
+            yield (token, token + T), (column, column + C), policy_TC, side.hidden, side.weight
 
 
 class _Side:
@@ -135,15 +135,15 @@ class _Side:
         self.hidden = HiddenTiles(model.hidden_ND, rows, height, dtype)
         self.weight = WeightTiles(model.weight_VD, columns, dtype)
         self.wide = wide
-        self.buffer = torch.empty(max(height, LEAST_HEIGHT) * (len(model.weight_VD) if wide else columns), dtype=dtype)
+        self.buffer = torch.empty(height * (len(model.weight_VD) if wide else columns), dtype=dtype)
 
     def product(self, token: tuple[int, int], column: tuple[int, int]) -> Tensor:
-        """[T, C], one stretch of memory; rows that only fill the tile up are cut off."""
-        padded_TD, weight_CD = self.hidden.load(*token), self.weight.load(*column)
-        T, C = len(padded_TD), len(weight_CD)
+        """[T, C], one stretch of memory."""
+        hidden_ND, rows_T = self.hidden.left(*token)
+        T, C = token[1] - token[0], column[1] - column[0]
         place = self.buffer[T * column[0] :] if self.wide else self.buffer
-        product_TC = torch.mm(padded_TD, weight_CD.T, out=place[: T * C].view(T, C))
-        return product_TC[: token[1] - token[0]]
+        product_TC = place[: T * C].view(T, C)
+        return products.multiply(hidden_ND, self.weight.columns_of(*column), product_TC, left_rows=rows_T)
 
 
 class _Tiles:
@@ -210,34 +210,33 @@ def _stripe(problem: Problem) -> int:
     """Tokens of a stripe of jsd's forward; 0 where it takes two passes."""
     if problem.divergence.direction != "jsd":
         return 0
-    heights = [t for t in BACKWARD_TOKENS if t <= max(FORWARD_TOKENS[problem.compute_dtype], LEAST_HEIGHT)]
+    heights = [t for t in BACKWARD_TOKENS if t <= _TALLEST_STRIPE]
     given = problem.max_workspace_mb is not None
     room = _budget(problem) if given else _STRIPE_MIB * MIB
     fitting = [t for t in heights if _stripe_bytes(problem, t) <= room]
-    return fitting[0] if fitting else 0 if given else LEAST_HEIGHT
+    return fitting[0] if fitting else 0 if given else BACKWARD_TOKENS[-1]
 
 
 def _stripe_bytes(problem: Problem, tokens: int) -> int:
     if not tokens:
         return 0
     columns = _columns(problem)
-    height = max(min(tokens, problem.N), LEAST_HEIGHT)
+    height = min(tokens, problem.N)
     more = 2 * height * (problem.V - columns) * problem.compute_dtype.itemsize  # than one tile
     return _scratch_bytes(problem, columns, tokens) + more
 
 
 def _scratch_bytes(problem: Problem, columns: int, tokens: int) -> int:
     size, divergence = problem.compute_dtype.itemsize, problem.divergence
-    tokens = max(min(tokens, problem.N), LEAST_HEIGHT)
+    tokens, D, E = min(tokens, problem.N), problem.D, divergence.reference_D
     numbers = 2 * tokens * columns
-    numbers += tokens * (
-        3 * (problem.D + 16) + 2 * (divergence.reference_D + 16)
-    )  # as gathered, as widened, times its scale
+    numbers += panel_numbers_of_tiles(tokens, columns, D) + panel_numbers(E, columns)
+    numbers += tokens * (2 * D + E)  # hidden of other strides or dtype; d_hidden times its token's scale
     numbers += 2 * problem.V  # widened biases
     if problem.hidden_dtype != problem.compute_dtype:
-        numbers += tokens * problem.D  # rounded d_hidden of a tile
+        numbers += tokens * D  # rounded
     if problem.weight_dtype != problem.compute_dtype:
-        numbers += columns * problem.D * (1 + problem.need_weight)  # widened weight, fp32 d_weight of the tile
+        numbers += columns * D * (1 + problem.need_weight)  # widened weight, fp32 d_weight of the tile
     if divergence.reference_weight_dtype != problem.compute_dtype:
-        numbers += columns * divergence.reference_D
+        numbers += columns * E
     return size * numbers + problem.N * _STATE_BYTES

@@ -6,7 +6,8 @@ T tokens of a tile, C columns (vocabulary rows) of a tile.
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.tiles import RowKernels, native
+from isdaa_kernels.backends.cpu.extension import native
+from isdaa_kernels.backends.cpu.tiles import RowKernels
 from isdaa_kernels.divergence import DIRECTIONS, Divergence
 
 _FOLDED = ("policy_max", "policy_sum", "reference_max", "reference_sum", "center", "gap_sum", "excess_sum")

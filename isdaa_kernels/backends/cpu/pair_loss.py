@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels import pair_loss
-from isdaa_kernels.backends.cpu.tiles import missing, native
+from isdaa_kernels.backends.cpu.extension import missing, native
 
 
 def forward(call: pair_loss.PairLossCall) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,15 +5,16 @@ N tokens, D hidden size, V vocabulary.
 
 import torch
 
-from isdaa_kernels.backends.cpu.tiles import LEAST_HEIGHT, spans
+from isdaa_kernels.backends.cpu.products import panel_numbers
+from isdaa_kernels.backends.cpu.tiles import GATHERED_ROWS, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
 
 # The backward adds each tile into d_weight, so more tokens a tile mean fewer passes over d_weight; fewer where memory is short.
-BACKWARD_TOKENS = (2048, 1024, 512, 256, 128)
-# Of the forward. 128 rows cost a third more than 512, as the library packs the weight for each product; more rows would leave the cache
-# before they are folded. The bits of fp64 products depend on their height, so it is always the least there.
-FORWARD_TOKENS = {torch.float32: 512, torch.float64: LEAST_HEIGHT}
+BACKWARD_TOKENS = (1024, 512, 256, 128)
+# Of the forward, for each thread: its logits stay in the cache until they are folded.
+FORWARD_TOKENS = 96
+_KEPT_ROWS = 128  # whose logits are kept: fewer are not worth a tile of their own
 _STATE_BYTES = 64  # a token: running maximum and sum, target logit, lse, indices
 
 
@@ -49,7 +50,7 @@ def make_plan(problem: Problem) -> Plan:
     kept = 0
     if problem.keep_logits and problem.max_workspace_mb is not None and problem.routed is None:
         rows = int(budget - fixed) // row
-        kept = problem.N if rows >= problem.N else rows // LEAST_HEIGHT * LEAST_HEIGHT
+        kept = problem.N if rows >= problem.N else rows // _KEPT_ROWS * _KEPT_ROWS
     work = problem.need_hidden + problem.need_weight
     passes = 2 if split and problem.need_weight and problem.need_hidden else 1
     return Plan(
@@ -69,7 +70,7 @@ def _plan_hidden_in_forward(problem: Problem, columns: int, budget: float) -> Pl
     size = problem.compute_dtype.itemsize
     for tokens in BACKWARD_TOKENS:
         tokens = min(tokens, problem.N)
-        scratch = _scratch_bytes(problem, columns, tokens) + max(tokens, LEAST_HEIGHT) * columns * size
+        scratch = _scratch_bytes(problem, columns, tokens) + tokens * columns * size
         backward = (
             min(tokens, 512) * problem.D * (2 * size + problem.weight_dtype.itemsize + problem.hidden_dtype.itemsize)
         )
@@ -80,9 +81,9 @@ def _plan_hidden_in_forward(problem: Problem, columns: int, budget: float) -> Pl
     return None
 
 
-def forward_spans(N: int, plan: Plan, dtype: torch.dtype) -> list[tuple[int, int]]:
+def forward_spans(N: int, plan: Plan) -> list[tuple[int, int]]:
     """Tiles of the forward: no tile mixes tokens whose logits are kept with others."""
-    tile = max(min(FORWARD_TOKENS[dtype], plan.token_tile), LEAST_HEIGHT)
+    tile = max(min(FORWARD_TOKENS * torch.get_num_threads(), plan.token_tile), 1)
     kept = min(plan.kept_tokens, N)
     return spans(kept, tile) + [(kept + a, kept + b) for a, b in spans(N - kept, tile)]
 
@@ -95,29 +96,36 @@ def _token_tile(problem: Problem, columns: int, room: float) -> int | None:
 
 
 def _scratch_bytes(problem: Problem, columns: int, tokens: int) -> int:
-    size = problem.compute_dtype.itemsize
-    tokens = max(min(tokens, problem.N), LEAST_HEIGHT)
-    numbers = tokens * columns  # logits
-    numbers += 3 * tokens * (problem.D + 16)  # hidden before and after widening, and times its token's scale
-    numbers += problem.V  # widened bias
+    tokens, D = min(tokens, problem.N), problem.D
+    numbers = tokens * columns + problem.V  # logits, widened bias
+    numbers += panel_numbers_of_tiles(tokens, columns, D)
+    numbers += 2 * tokens * D  # hidden of other strides or dtype; d_hidden times its token's scale
     if problem.hidden_dtype != problem.compute_dtype:
-        numbers += tokens * problem.D  # rounded d_hidden of a tile
+        numbers += tokens * D  # rounded
     if problem.weight_dtype != problem.compute_dtype:
-        numbers += columns * problem.D * (1 + problem.need_weight)  # widened weight, fp32 d_weight of the tile
-    numbers *= size
+        numbers += columns * D * (1 + problem.need_weight)  # widened weight, fp32 d_weight of the tile
     if problem.routed is not None:
-        numbers = max(numbers + columns * problem.D * size, _routed_bytes(problem, tokens))  # weight in its order
-    return numbers + problem.N * _STATE_BYTES
+        numbers = max(numbers + GATHERED_ROWS * D, _routed_numbers(problem, tokens))
+        return numbers * problem.compute_dtype.itemsize + problem.N * (problem.routed.blocks(problem.V) + _STATE_BYTES)
+    return numbers * problem.compute_dtype.itemsize + problem.N * _STATE_BYTES
 
 
-def _routed_bytes(problem: Problem, tokens: int) -> int:
-    """Beside the blocks' log-sum-exps: routes and masses that are not recomputed, the means of the blocks, the tokens of a block."""
-    size, block, B = problem.compute_dtype.itemsize, problem.routed.block, problem.routed.blocks(problem.V)
-    numbers = tokens * (2 * problem.D + block) + 2 * (B + block) * problem.D + 2 * problem.V
-    numbers += LEAST_HEIGHT * problem.D  # gathered in pieces
+def panel_numbers_of_tiles(tokens: int, columns: int, D: int) -> int:
+    """Weight as a factor of logits and of d_hidden, hidden as a factor of d_weight."""
+    return panel_numbers(D, columns) + panel_numbers(columns, D) + panel_numbers(tokens, D)
+
+
+def _routed_numbers(problem: Problem, tokens: int) -> int:
+    """Beside the blocks' log-sum-exps and a byte for each route: the mass that is not recomputed, the means of the blocks, the tokens of a
+    block."""
+    D, block, B = problem.D, problem.routed.block, problem.routed.blocks(problem.V)
+    numbers = tokens * block + panel_numbers_of_tiles(tokens, block, D) + 2 * B * D + panel_numbers(B, D)
+    numbers += (
+        2 * block + GATHERED_ROWS
+    ) * D + 2 * problem.V  # widened weight, d_weight of a block; gathered in pieces
     if problem.hidden_dtype != problem.compute_dtype:
-        numbers += problem.N * problem.D  # widened hidden
-    return size * numbers + problem.N * B * (1 + size)
+        numbers += problem.N * D  # widened hidden
+    return numbers + problem.N * B
 
 
 def _hidden_accumulator_bytes(problem: Problem) -> int:

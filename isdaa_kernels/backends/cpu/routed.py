@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.plan import make_plan
-from isdaa_kernels.backends.cpu.routed_kernels import RoutedKernels
+from isdaa_kernels.backends.cpu import products
+from isdaa_kernels.backends.cpu.plan import FORWARD_TOKENS, make_plan
+from isdaa_kernels.backends.cpu.products import PanelBuffer
+from isdaa_kernels.backends.cpu.routed_kernels import RoutedKernels, Scratch
 from isdaa_kernels.backends.cpu.sums import Upstream
-from isdaa_kernels.backends.cpu.tiles import LEAST_HEIGHT, WeightTiles, spans
+from isdaa_kernels.backends.cpu.tiles import GATHERED_ROWS, WeightTiles, spans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.routing import faint_tokens
 from isdaa_kernels.stats import TokenGradient
 from isdaa_kernels.targets import scored_rows
 
-# Libraries take another path for fewer rows, and a product of a few rows costs as much.
-LEAST_ROWS = 32
 # Of all (token, block) pairs: with more of them routed, the exact gradient takes no longer than gathering does.
 FLAT_SHARE = 0.7
 
@@ -45,7 +45,7 @@ def backward_routed(
     # Rows that C++ can read and add to as they are, or copies of the tokens that count.
     direct = hidden_ND.dtype == problem.compute_dtype and hidden_ND.stride(1) == 1
     row_N = tokens.rows_N if direct else torch.arange(len(tokens.rows_N))
-    kernels = RoutedKernels(tokens, row_N, transform, targets_N, block_lse_BN, problem.routed, problem.compute_dtype)
+    kernels = RoutedKernels(tokens, transform, targets_N, block_lse_BN, problem.routed, problem.compute_dtype)
     routes = kernels.choose_routes(problem.routed)
     if sum(routes.weight_counts) > FLAT_SHARE * routes.route_BN.numel():
         return None
@@ -110,26 +110,26 @@ class _Walk:
     def __init__(
         self, problem, hidden_ND, row_N, weight_VD, transform, tokens: _Tokens, kernels: RoutedKernels, routes, need_bias: bool
     ):  # fmt: skip
-        dtype, block, D = problem.compute_dtype, problem.routed.block, problem.D
+        dtype, block = problem.compute_dtype, problem.routed.block
         self.problem, self.tokens, self.kernels, self.routes = problem, tokens, kernels, routes
         self.order_V, self.block = transform.order_V, block
         self.out_shape, self.out_dtype, self.row_N = hidden_ND.shape, hidden_ND.dtype, row_N
         self.direct = row_N is tokens.rows_N
         self.plain_ND = hidden_ND if self.direct else self._copy(hidden_ND, dtype)
         self.weight = WeightTiles(weight_VD, block, dtype, transform.order_V)
-        self.T = max(min(make_plan(problem).token_tile, max(routes.weight_counts, default=0)), LEAST_ROWS)
-        self.gathered_TD = torch.zeros(self.T, D, dtype=dtype)
-        self.product_TC = torch.empty(self.T, block, dtype=dtype)
-        self.rows_N = torch.empty(len(tokens.rows_N), dtype=torch.int64)
+        self.T = max(
+            min(make_plan(problem).token_tile, FORWARD_TOKENS * torch.get_num_threads(), len(tokens.rows_N)), 1
+        )
+        self.scratch = Scratch(len(tokens.rows_N), self.T, problem.D, block, dtype)
         self.rest_hidden_BD = self._rest_hidden()
         self.rest_sum_B = routes.rest_BN.sum(1)
         self.d_hidden_ND = self.d_weight_VD = self.d_bias_V = None
         if problem.need_hidden:
             self.d_hidden_ND = torch.zeros(self.plain_ND.shape, dtype=dtype)
-            self.mean_BD, self.d_rows_TD = torch.empty_like(self.rest_hidden_BD), torch.empty(self.T, D, dtype=dtype)
+            self.mean_BD = torch.empty_like(self.rest_hidden_BD)
         if problem.need_weight:
             self.d_weight_VD = torch.empty(weight_VD.shape, dtype=weight_VD.dtype)
-            self.d_block_CD = torch.empty(block, D, dtype=dtype)
+            self.d_block_CD = torch.empty(block, problem.D, dtype=dtype)
         if need_bias:
             self.d_bias_V, self.bias_dtype = torch.empty(problem.V, dtype=dtype), transform.bias_V.dtype
 
@@ -138,11 +138,10 @@ class _Walk:
             self._block(b)
         unscale_, d_hidden, d_bias = self.tokens.upstream.unscale_, self.d_hidden_ND, self.d_bias_V
         if d_hidden is not None:
-            for start, stop in spans(len(self.tokens.rows_N), self.T):
-                rest_TD = torch.mm(
-                    self.routes.rest_BN[:, start:stop].T, self.mean_BD, out=self.d_rows_TD[: stop - start]
-                )
-                d_hidden.index_add_(0, self.row_N[start:stop], rest_TD)
+            mean_BD = PanelBuffer(*self.mean_BD.shape, d_hidden.dtype).of_rows(self.mean_BD)
+            products.multiply(
+                self.routes.rest_BN, mean_BD, d_hidden, add=True, out_rows=self.row_N, left_transposed=True
+            )
             d_hidden = self._placed(unscale_(d_hidden))
         if d_bias is not None:
             d_bias = unscale_(d_bias).to(self.bias_dtype)
@@ -151,7 +150,7 @@ class _Walk:
     def _copy(self, hidden_ND: Tensor, dtype: torch.dtype) -> Tensor:
         rows_N = self.tokens.rows_N
         out_ND = torch.empty(len(rows_N), hidden_ND.shape[1], dtype=dtype)
-        for start, stop in spans(len(rows_N), LEAST_HEIGHT):
+        for start, stop in spans(len(rows_N), GATHERED_ROWS):
             out_ND[start:stop] = hidden_ND.index_select(0, rows_N[start:stop])
         return out_ND
 
@@ -160,7 +159,7 @@ class _Walk:
         if self.direct:
             return d_hidden_ND
         out_ND, rows_N = torch.zeros(self.out_shape, dtype=self.out_dtype), self.tokens.rows_N
-        for start, stop in spans(len(rows_N), LEAST_HEIGHT):
+        for start, stop in spans(len(rows_N), GATHERED_ROWS):
             out_ND.index_copy_(0, rows_N[start:stop], d_hidden_ND[start:stop].to(self.out_dtype))
         return out_ND
 
@@ -169,34 +168,20 @@ class _Walk:
         rest_BN = self.routes.rest_BN
         total_BD = torch.zeros(len(rest_BN), self.problem.D, dtype=rest_BN.dtype)
         for start, stop in spans(rest_BN.shape[1], self.T):
-            rows_TD = torch.index_select(self.plain_ND, 0, self.row_N[start:stop], out=self.gathered_TD[: stop - start])
-            total_BD.addmm_(rest_BN[:, start:stop], rows_TD)
+            hidden_TD = self.scratch.hidden.of_rows(self.plain_ND, self.row_N[start:stop])
+            products.multiply(rest_BN[:, start:stop], hidden_TD, total_BD, add=True)
         return total_BD
 
     def _block(self, b: int) -> None:
         begin, end = b * self.block, min((b + 1) * self.block, self.problem.V)
-        C, weight_CD = end - begin, self.weight.load(begin, end)
-        d_CD = self.d_block_CD[:C] if self.problem.need_weight else None
-        d_bias_C = None if self.d_bias_V is None else torch.zeros(C, dtype=weight_CD.dtype)
-        self.kernels.begin_block(self.routes, b, self.rows_N)
-        hidden_count, weight_count = self.routes.hidden_counts[b], self.routes.weight_counts[b]
-        if d_CD is not None and weight_count == 0:
-            d_CD.zero_()
-        for start, stop in spans(weight_count, self.T):
-            rows_T, to_hidden = self.rows_N[start:stop], max(min(stop, hidden_count) - start, 0)
-            hidden_TD, g_TC = self._gradient(b, rows_T, to_hidden, weight_CD)
-            if self.problem.need_hidden and to_hidden:
-                d_rows_TD = torch.mm(g_TC[:to_hidden], weight_CD, out=self.d_rows_TD[:to_hidden])
-                self.kernels.add_rows(d_rows_TD, rows_T, self.d_hidden_ND)
-            if d_CD is not None:
-                torch.mm(g_TC.T, hidden_TD, out=d_CD) if start == 0 else d_CD.addmm_(g_TC.T, hidden_TD)
-            if d_bias_C is not None:
-                d_bias_C += g_TC.sum(0)
-        self._finish_block(b, begin, end, weight_CD, d_CD, d_bias_C)
+        d_CD = self.d_block_CD[: end - begin] if self.problem.need_weight else None
+        self.kernels.block_gradient(
+            self.routes, b, end - begin, self.plain_ND, self.row_N, self.weight, self.scratch, self.d_hidden_ND, d_CD,
+            self.d_bias_V is not None,
+        )  # fmt: skip
+        self._finish_block(b, begin, end, d_CD)
 
-    def _finish_block(
-        self, b: int, begin: int, end: int, weight_CD: Tensor, d_CD: Tensor | None, d_bias_C: Tensor | None
-    ) -> None:
+    def _finish_block(self, b: int, begin: int, end: int, d_CD: Tensor | None) -> None:
         """What the block's rows get from the tokens that are not routed to it, and theirs from it."""
         where_C = torch.arange(begin, end) if self.order_V is None else self.order_V[begin:end]
         in_place = d_CD is not None and self.d_weight_VD.dtype == d_CD.dtype
@@ -207,17 +192,7 @@ class _Walk:
         if d_CD is not None and not in_place:
             self.d_weight_VD.index_copy_(0, where_C, d_CD.to(self.d_weight_VD.dtype))
         if self.problem.need_hidden:
-            torch.mv(weight_CD.T, mean_C, out=self.mean_BD[b])
-        if d_bias_C is not None:
-            self.d_bias_V[where_C] = d_bias_C + mean_C * self.rest_sum_B[b]
-
-    def _gradient(self, b: int, rows_T: Tensor, to_hidden: int, weight_CD: Tensor) -> tuple[Tensor, Tensor]:
-        """(hidden [T, D], gradient of its product with the block [T, C]) of tokens routed to it; their distributions join the sum."""
-        T, C = len(rows_T), len(weight_CD)
-        height = max(T, LEAST_ROWS)
-        hidden_TD, product_TC = self.gathered_TD[:height], self.product_TC.view(-1)[: height * C].view(height, C)
-        self.kernels.gather(self.plain_ND, rows_T, hidden_TD)
-        hidden_TD[T:].zero_()
-        torch.mm(hidden_TD, weight_CD.T, out=product_TC)
-        self.kernels.gradient(self.routes, b, rows_T, to_hidden, product_TC)
-        return hidden_TD[:T], product_TC[:T]
+            products.multiply(mean_C[None], self.weight.rows_of(begin, end), self.mean_BD[b : b + 1])
+        if self.d_bias_V is not None:
+            bias_C = self.kernels.bias_TC.view(-1)[: end - begin]
+            self.d_bias_V[where_C] = bias_C + mean_C * self.rest_sum_B[b]

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.tiles import RowKernels, address, native
+from isdaa_kernels.backends.cpu.extension import address, native
+from isdaa_kernels.backends.cpu.products import PanelBuffer
+from isdaa_kernels.backends.cpu.tiles import RowKernels, WeightTiles
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.routing import Routed, mean_size
 
@@ -24,18 +26,25 @@ class BlockRoutes:
     hidden_counts: list[int]
 
 
+class Scratch:
+    """Of the tokens of a block, T at a time."""
+
+    def __init__(self, N: int, T: int, D: int, block: int, dtype: torch.dtype):
+        self.listed_N, self.where_N = torch.empty(2, N, dtype=torch.int64)
+        self.product_TC = torch.empty(T, block, dtype=dtype)
+        self.hidden = PanelBuffer(T, D, dtype)
+
+
 class RoutedKernels:
     def __init__(
-        self, tokens, row_N, transform: Transform, targets_N: Tensor, block_lse_BN: Tensor, routed: Routed, dtype: torch.dtype
+        self, tokens, transform: Transform, targets_N: Tensor, block_lse_BN: Tensor, routed: Routed, dtype: torch.dtype
     ):  # fmt: skip
-        """row_N: where a token's row stands in what `gather` reads and `add_rows` adds to."""
-        self.tokens, self.row_N, self.block_lse_BN, self.dtype = tokens, row_N, block_lse_BN, dtype
+        self.tokens, self.block_lse_BN, self.dtype = tokens, block_lse_BN, dtype
         self.rows = RowKernels(transform, tokens.rows_N, targets_N, dtype)
         self.suffix, self.threads = self.rows.suffix, self.rows.threads
         self.token = self._native("RoutedTokens")(
             block_lse=block_lse_BN.data_ptr(),
             block_lse_stride=block_lse_BN.stride(0),
-            row=row_N.data_ptr(),
             position=tokens.position_N.data_ptr(),
             lse=tokens.lse_N.data_ptr(),
             coefficient=tokens.coefficient_N.data_ptr(),
@@ -45,7 +54,7 @@ class RoutedKernels:
             block=routed.block,
         )
         self.block = routed.block
-        self.sums_TC = torch.empty(self.threads, routed.block, dtype=dtype)  # one row a thread
+        self.sums_TC, self.bias_TC = torch.empty(2, self.threads, routed.block, dtype=dtype)  # a row for each thread
 
     def _native(self, name: str):
         return getattr(native, f"{name}_{self.suffix}")
@@ -71,47 +80,50 @@ class RoutedKernels:
         )
         return BlockRoutes(route_BN, rest_BN, *counts_2B.tolist())
 
-    def begin_block(self, routes: BlockRoutes, b: int, rows_N: Tensor) -> None:
-        """Writes the tokens routed to block b, those whose hidden state is routed there first. The sum of distributions is 0."""
-        self.sums_TC[0].zero_()
-        native.list_tokens(
-            route=routes.route_BN[b].data_ptr(),
-            tokens=len(self.tokens.rows_N),
-            hidden_count=routes.hidden_counts[b],
-            listed=rows_N.data_ptr(),
-        )
-
-    def gather(self, hidden_ND: Tensor, rows_T: Tensor, out_TD: Tensor) -> None:
-        """hidden_ND: rows as `row_N` counts them, with columns side by side."""
-        self._native("gather_rows")(
-            token=self.token,
-            listed=rows_T.data_ptr(),
-            count=len(rows_T),
-            values=hidden_ND.data_ptr(),
-            stride=hidden_ND.stride(0),
-            width=hidden_ND.shape[1],
-            out=out_TD.data_ptr(),
+    def block_gradient(
+        self,
+        routes: BlockRoutes,
+        b: int,
+        C: int,
+        hidden_ND: Tensor,
+        row_N: Tensor,
+        weight: WeightTiles,
+        scratch: "Scratch",
+        d_hidden_ND: Tensor | None,
+        d_CD: Tensor | None,
+        need_bias: bool,
+    ) -> None:
+        """The tokens routed to block b: the gradient of their products with its C vocabulary rows joins d_hidden and becomes d_CD, and
+        its column sums the first row of `bias_TC`; their distributions within the block are summed in the first row of `sums_TC`. The
+        mass of those routed for weight alone joins `rest_BN`. Token n is row row_N[n] of hidden and d_hidden."""
+        begin = b * self.block
+        self._native("routed_block")(
             threads=self.threads,
-        )
-
-    def gradient(self, routes: BlockRoutes, b: int, rows_T: Tensor, to_hidden: int, product_TC: Tensor) -> None:
-        """The gradient of the product in its place; the sum over the tokens of exp(z - block_lse) joins `sums_TC[0]`. The first
-        `to_hidden` tokens are routed here in the gradient of hidden; the mass of the others joins `rest_BN`."""
-        C, bias_V = product_TC.shape[1], self.rows.bias_V
-        self._native("routed_tile")(
             token=self.token,
-            listed=rows_T.data_ptr(),
-            count=len(rows_T),
-            to_hidden=to_hidden,
+            route=routes.route_BN[b].data_ptr(),
+            weight_count=routes.weight_counts[b],
+            hidden_count=routes.hidden_counts[b],
             columns=C,
             b=b,
-            product=product_TC.data_ptr(),
+            bias=address(self.rows.bias_V, begin),
+            inverse_temperature=address(self.rows.inverse_N),
             entry=self.tokens.entry_N.data_ptr(),
             rest=routes.rest_BN[b].data_ptr(),
+            hidden=hidden_ND.data_ptr(),
+            row=row_N.data_ptr(),
+            hidden_stride=hidden_ND.stride(0),
+            width=hidden_ND.shape[1],
+            weight_columns=weight.columns_of(begin, begin + C).numbers.data_ptr(),
+            weight_rows=0 if d_hidden_ND is None else weight.rows_of(begin, begin + C).numbers.data_ptr(),
+            d_hidden=address(d_hidden_ND),
+            d_weight=address(d_CD),
+            d_bias=address(self.bias_TC) if need_bias else 0,
             sums=self.sums_TC.data_ptr(),
-            bias=address(bias_V, b * self.block),
-            inverse_temperature=address(self.rows.inverse_N),
-            threads=self.threads,
+            piece=len(scratch.product_TC),
+            listed=scratch.listed_N.data_ptr(),
+            where=scratch.where_N.data_ptr(),
+            product=scratch.product_TC.data_ptr(),
+            hidden_panels=scratch.hidden.numbers.data_ptr(),
             **self.rows.head,
         )
 
@@ -135,15 +147,3 @@ class RoutedKernels:
             threads=self.threads,
         )
         return self.sums_TC.view(-1)[:C]
-
-    def add_rows(self, values_TD: Tensor, rows_T: Tensor, out_ND: Tensor) -> None:
-        """out[token] += values, for as many of the tokens as there are values. out_ND: rows as `row_N` counts them."""
-        self._native("add_rows")(
-            token=self.token,
-            listed=rows_T.data_ptr(),
-            count=len(values_TD),
-            values=values_TD.data_ptr(),
-            width=out_ND.shape[1],
-            out=out_ND.data_ptr(),
-            threads=self.threads,
-        )

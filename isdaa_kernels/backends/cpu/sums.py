@@ -6,11 +6,13 @@ N tokens that carry a gradient, D hidden size, V vocabulary, T tokens and C voca
 import torch
 from torch import Tensor
 
+from isdaa_kernels.backends.cpu import products
+from isdaa_kernels.backends.cpu.tiles import HiddenTiles, WeightTiles
 from isdaa_kernels.routing import FAINT
 from isdaa_kernels.stats import TokenGradient
 
 # A token that FAINT counts out adds 0 to d_weight and d_bias (it keeps its own d_hidden). With the floor on p in the row kernels, no
-# product of the library's GEMM is a denormal number then.
+# product is a denormal number then.
 _NO_EXPONENT = -(1 << 20)  # of a coefficient 0
 
 
@@ -79,11 +81,10 @@ class HiddenSum:
     def _sum(self, token: tuple[int, int]) -> Tensor:
         return self.sum_ND[: token[1] - token[0]] if self.one_tile else self.sum_ND[slice(*token)]
 
-    def add(self, token: tuple[int, int], column: tuple[int, int], g_TC: Tensor, weight_CD: Tensor, last: bool) -> None:
-        if column[0] == 0:
-            torch.mm(g_TC, weight_CD, out=self._sum(token))
-        else:
-            self._sum(token).addmm_(g_TC, weight_CD)
+    def add(
+        self, token: tuple[int, int], column: tuple[int, int], g_TC: Tensor, weight: WeightTiles, last: bool
+    ) -> None:
+        products.multiply(g_TC, weight.rows_of(*column), self._sum(token), add=column[0] > 0)
         if last and self.one_tile:
             self._write(token)
         elif last:
@@ -113,21 +114,15 @@ class WeightSum:
         self.out_VD = make(weight_VD.shape, dtype=weight_VD.dtype)
         self.in_place = weight_VD.dtype == dtype
         self.buffer_CD = None if self.in_place else torch.empty(tile, weight_VD.shape[1], dtype=dtype)
-        self.scaled_TD = torch.empty(0, dtype=dtype)
         self.upstream = upstream
 
-    def add(self, token: tuple[int, int], column: tuple[int, int], g_TC: Tensor, hidden_TD: Tensor, last: bool) -> None:
+    def add(
+        self, token: tuple[int, int], column: tuple[int, int], g_TC: Tensor, hidden: HiddenTiles, last: bool
+    ) -> None:
         out_CD = self.out_VD[slice(*column)]
         sum_CD = out_CD if self.in_place else self.buffer_CD[: len(out_CD)]
-        if self.scaled_TD.shape[0] < len(hidden_TD):
-            self.scaled_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype)
-        scaled_TD = torch.mul(
-            hidden_TD, self.upstream.relative_N[slice(*token), None], out=self.scaled_TD[: len(hidden_TD)]
-        )
-        if token[0] == 0:
-            torch.mm(g_TC.T, scaled_TD, out=sum_CD)
-        else:
-            sum_CD.addmm_(g_TC.T, scaled_TD)
+        hidden_TD = hidden.right(*token, self.upstream.relative_N)
+        products.multiply(g_TC, hidden_TD, sum_CD, add=token[0] > 0, left_transposed=True)
         if last:
             self.upstream.unscale_(sum_CD)
             if not self.in_place:

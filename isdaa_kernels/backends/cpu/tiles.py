@@ -6,22 +6,13 @@ T tokens of a tile, C columns (vocabulary rows) of a tile, D hidden size.
 import torch
 from torch import Tensor
 
+from isdaa_kernels.backends.cpu.extension import address, native
+from isdaa_kernels.backends.cpu.products import PanelBuffer, Panels
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import StatsRequest, TokenGradient
 
-try:
-    from isdaa_kernels import _cpu as native
-
-    missing = ""
-except ImportError as error:  # reported by refusal() and describe()
-    native, missing = None, str(error)
-
-
-# The least height of a product of logits. Libraries take another path for a few rows, and then the log-prob of a token would depend on
-# its batch, and a saturated token's logit in the backward would differ by a rounding from that in its log-sum-exp, which is all there
-# is of its gradient. Few rows, so that padding the last tile costs little.
-LEAST_HEIGHT = 128
-_GATHERED_ROWS = 128
+# Rows that are gathered at a time in a dtype other than that of the arithmetic.
+GATHERED_ROWS = 128
 
 
 def spans(total: int, tile: int) -> list[tuple[int, int]]:
@@ -35,51 +26,81 @@ def kept_block(kept_KV: Tensor, column: int, column_end: int) -> Tensor:
 
 
 class HiddenTiles:
-    """Rows of hidden gathered and widened into one buffer. Its rows are 64-byte aligned: a library product then treats all alike."""
+    """Rows of hidden as factors of products: where they stand, if their dtype and columns allow it, else widened into one buffer."""
 
     def __init__(self, hidden_ND: Tensor, rows_N: Tensor, tile: int, dtype: torch.dtype):
-        self.hidden_ND, self.rows_N, self.span = hidden_ND, rows_N, None
-        D = hidden_ND.shape[1]
-        self.buffer_TD = torch.zeros(max(tile, LEAST_HEIGHT), -(-D // 16) * 16, dtype=dtype)[:, :D]
+        self.hidden_ND, self.rows_N, self.span, self.dtype = hidden_ND, rows_N, None, dtype
+        self.direct = hidden_ND.dtype == dtype and hidden_ND.stride(1) == 1
+        self.shape = tile, hidden_ND.shape[1]
+        self.buffer_TD = None if self.direct else torch.empty(self.shape, dtype=dtype)
+        self.panels, self.packed = None, None
 
-    def load(self, start: int, stop: int) -> Tensor:
-        """[T, D] with zeros behind the last token where there are fewer than LEAST_HEIGHT."""
-        count = stop - start
-        height = max(count, LEAST_HEIGHT)
+    def left(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """(matrix, its rows that are meant; None: all)."""
+        rows_T = self.rows_N[start:stop]
+        if self.direct:
+            return self.hidden_ND, rows_T
+        tile_TD = self.buffer_TD[: stop - start]
         if self.span != (start, stop):
-            self.buffer_TD[:count].copy_(self.hidden_ND.index_select(0, self.rows_N[start:stop]))
-            self.buffer_TD[count:height].zero_()
+            tile_TD.copy_(self.hidden_ND.index_select(0, rows_T))
             self.span = (start, stop)
-        return self.buffer_TD[:height]
+        return tile_TD, None
+
+    def right(self, start: int, stop: int, scale_N: Tensor) -> Panels:
+        """hidden times `scale_N`, [T, D]."""
+        if self.panels is None:
+            self.panels = PanelBuffer(*self.shape, self.dtype)
+        if self.packed is None or self.packed[0] != (start, stop):
+            panels = self.panels.of_rows(*self.left(start, stop), scale_N[start:stop])
+            self.packed = (start, stop), panels
+        return self.packed[1]
 
 
 class WeightTiles:
-    """Rows of weight in the order of their blocks: a view where they have the dtype and keep their order, else in one buffer."""
+    """Rows of weight in the order of their blocks as factors of products, each copied once while the walk stays with a tile."""
 
     def __init__(self, weight_VD: Tensor, tile: int, dtype: torch.dtype, order_V: Tensor | None = None):
-        self.weight_VD, self.order_V, self.start = weight_VD, order_V, None
-        same = weight_VD.dtype == dtype and order_V is None
-        self.buffer_CD = None if same else torch.empty(tile, weight_VD.shape[1], dtype=dtype)
+        self.weight_VD, self.order_V, self.tile, self.dtype = weight_VD, order_V, tile, dtype
+        self.direct = weight_VD.dtype == dtype and weight_VD.stride(1) == 1
+        self.buffer_CD = None if self.direct else torch.empty(tile, weight_VD.shape[1], dtype=dtype)
+        self.start, self.columns, self.rows = None, None, None
+        self.packed = {}
 
-    def load(self, start: int, stop: int) -> Tensor:
-        if self.buffer_CD is None:
-            return self.weight_VD[start:stop]
+    def columns_of(self, start: int, stop: int) -> Panels:
+        """weight.T [D, C], the right factor of logits."""
+        if self.columns is None:
+            self.columns = PanelBuffer(self.weight_VD.shape[1], self.tile, self.dtype)
+        return self._once("columns", start, lambda: self.columns.of_columns(*self._source(start, stop)))
+
+    def rows_of(self, start: int, stop: int) -> Panels:
+        """weight [C, D], the right factor of d_hidden."""
+        if self.rows is None:
+            self.rows = PanelBuffer(self.tile, self.weight_VD.shape[1], self.dtype)
+        return self._once("rows", start, lambda: self.rows.of_rows(*self._source(start, stop)))
+
+    def _once(self, name: str, start: int, make) -> Panels:
+        if self.packed.get(name, (None,))[0] != start:
+            self.packed[name] = start, make()
+        return self.packed[name][1]
+
+    def _source(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        if self.direct and self.order_V is not None:
+            return self.weight_VD, self.order_V[start:stop]
+        if self.direct:
+            return self.weight_VD[start:stop], None
         if self.start != start:
-            if self.order_V is None:
-                self.buffer_CD[: stop - start].copy_(self.weight_VD[start:stop])
-            else:
-                self._gather(start, stop)
+            self._widen(start, stop)
             self.start = start
-        return self.buffer_CD[: stop - start]
+        return self.buffer_CD[: stop - start], None
 
-    def _gather(self, start: int, stop: int) -> None:
+    def _widen(self, start: int, stop: int) -> None:
         """In pieces: what is gathered in another dtype lies beside the buffer for a moment."""
-        for a, b in spans(stop - start, _GATHERED_ROWS):
-            rows, out_CD = self.order_V[start + a : start + b], self.buffer_CD[a:b]
-            if self.weight_VD.dtype == out_CD.dtype:
-                torch.index_select(self.weight_VD, 0, rows, out=out_CD)
-            else:
-                out_CD.copy_(self.weight_VD.index_select(0, rows))
+        if self.order_V is None:
+            self.buffer_CD[: stop - start].copy_(self.weight_VD[start:stop])
+            return
+        for a, b in spans(stop - start, GATHERED_ROWS):
+            rows = self.order_V[start + a : start + b]
+            self.buffer_CD[a:b].copy_(self.weight_VD.index_select(0, rows))
 
 
 class RowKernels:
@@ -179,11 +200,6 @@ class RowKernels:
             scale=address(scale_N, token),
             **self._tile(token, column, target_T),
         )
-
-
-def address(tensor: Tensor | None, row: int = 0) -> int:
-    """Of the given row; 0, which the kernels take for absence, where there is no tensor."""
-    return 0 if tensor is None else tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size()
 
 
 class State:
