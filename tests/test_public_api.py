@@ -39,6 +39,7 @@ NAMES = {
     "logprob_from_logits",
     "logprob_stats_from_logits",
     "make_vocab_order",
+    "monitors",
     "objective_of",
     "plan",
     "policy_loss",
