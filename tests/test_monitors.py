@@ -84,9 +84,9 @@ def test_clip_fractions_by_hand():
     present = torch.tensor([1, 1, 1, 1, 1, 0]).bool()
     found = monitors.clip_fractions(log_ratio.requires_grad_(), *bounds, present=present)
     assert [fp32(found[f"clip/{side}_frac"]) for side in ("low", "high")] == pytest.approx([0.2, 0.4])
-    # below with an advantage above 0, and above with one below 0, the clip leaves the gradient
+    # below with an advantage above 0, and above without one above 0, the clip takes no gradient away
     found = monitors.clip_fractions(
-        log_ratio, *bounds, present=present, advantages=torch.tensor([1.0, -1, -1, -1, 1, 1])
+        log_ratio, *bounds, present=present, advantages=torch.tensor([1.0, -1, -1, 0, 1, 1])
     )
     assert [fp32(found[f"clip/{side}_frac"]) for side in ("low", "high")] == pytest.approx([0, 0.2])
     assert fp32(monitors.clip_fractions(log_ratio, -math.inf, math.log(1.2), present=present)["clip/low_frac"]) == 0
