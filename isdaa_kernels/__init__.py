@@ -1,5 +1,6 @@
 """Token log-probs, importance-weighted preference losses and exact gradients from hidden states and an LM head, without the logits."""
 
+from isdaa_kernels import monitors
 from isdaa_kernels.dispatch import NoBackend, Problem
 from isdaa_kernels.explain import explain_backends, plan
 from isdaa_kernels.linear_kl import linear_kl
@@ -67,6 +68,7 @@ __all__ = [
     "logprob_from_logits",
     "logprob_stats_from_logits",
     "make_vocab_order",
+    "monitors",
     "objective_of",
     "plan",
     "policy_loss",

@@ -84,6 +84,7 @@ def linear_logprob_stats(
     targets: Tensor,
     *,
     stats: Sequence[str] = ("entropy",),
+    detached: Sequence[str] = (),
     top_k: int = 20,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
@@ -112,17 +113,21 @@ def linear_logprob_stats(
     2 N V D flop for top_k_mass and top_k_entropy on the Triton backend. Entropy is
     summed as log S0 + sum e^d (-d) / S0 with d = z - max z, S0 = sum e^d: nothing cancels where the distribution is sharp.
 
-    stats: which of the seven; what is not asked for costs nothing and is None in the result. top_k: 1 to 64; more than V means V.
+    stats: which of the seven; what is not asked for costs nothing and is None in the result. detached: those of `stats` that are wanted as
+    numbers only: the same values from the same pass, without a gradient. top_k: 1 to 64; more than V means V.
     Everything else as in `linear_logprob`, to the bit for the log-probs; the statistics' own sums, about 32 bytes a scored
     token and 32 top_k where the largest are asked for, are not counted in max_workspace_mb.
 
     entropy, lse and mean_logit have gradients for hidden, weight and bias, in the same backward as the log-prob's (one recomputation
-    of the logits for all of them). The others come detached. A second derivative raises RuntimeError.
+    of the logits for all of them). The others come detached. For what is detached nothing is saved, and the backward is that of a call
+    without it: detached, entropy and mean_logit may stand beside `Routed`, and leave a frozen head its 2 units of matrix work on the CPU.
+    A second derivative raises RuntimeError.
 
     Returns (logprob [...], VocabStats of [...]): fp32 (fp64 for fp64 inputs), is_top1 bool; 0 (False) where the target is ignored.
-    Raises ValueError for unknown, missing or doubled names, a top_k outside 1..64, and what `linear_logprob` raises for.
+    Raises ValueError for unknown, missing or doubled names, a detached one that is not in `stats`, a top_k outside 1..64, entropy or
+    mean_logit with a gradient beside `Routed`, and what `linear_logprob` raises for.
     """
-    request = check_stats(stats, top_k)
+    request = check_stats(stats, detached, top_k)
     head = LMHead(weight, bias, logit_scale, softcap)
     return _run(
         hidden, head, targets, request, temperature, ignore_index, max_scored, gradient, vocab_order,
@@ -158,7 +163,7 @@ def _run(
     if validate:
         raise_bad_targets(targets_N, weight.shape[0], ignore_index)
     # With a constant slope dz / d(hidden @ weight') the gradient of hidden is linear in those of log-prob and lse.
-    linear = head.softcap is None and routed is None and not request.wants("entropy", "mean_logit")
+    linear = head.softcap is None and routed is None and not _bent(request)
     logprob_N, stats_SN, _, _ = ops.linear_logprob_forward(
         hidden.reshape(N, D),
         weight,
@@ -172,14 +177,20 @@ def _run(
         N if max_scored is None else max_scored,
         None if max_workspace_mb is None else float(max_workspace_mb),
         needs[:2],
-        ",".join(request.names),
+        ",".join(request.differentiable),
         request.top_k,
         backend,
         order if any(needs) else None,
         routed if any(needs) else None,
         linear and needs == [True, False, False],
+        ",".join(request.detached),
     )
-    return logprob_N.reshape(targets.shape), VocabStats.from_rows(stats_SN, request.names, targets.shape)
+    return logprob_N.reshape(targets.shape), VocabStats.from_rows(stats_SN, request, targets.shape)
+
+
+def _bent(request: StatsRequest) -> list[str]:
+    """The statistics asked for whose gradient is not a[n] p[n, j] in all columns but the target's."""
+    return [name for name in ("entropy", "mean_logit") if name in request.differentiable]
 
 
 def _routing(
@@ -198,10 +209,11 @@ def _routing(
         raise ValueError(
             f"softcap: expected None with gradient=Routed(...), got {head.softcap}; its slope varies within a block"
         )
-    unrouted = [name for name in ("entropy", "mean_logit") if name in request.names]
+    unrouted = _bent(request)
     if unrouted and wanted:
         raise ValueError(
-            f"stats: expected none of entropy, mean_logit with gradient=Routed(...), got {unrouted[0]!r}; it has no routed gradient"
+            f"stats: expected none of entropy, mean_logit with gradient=Routed(...), got {unrouted[0]!r}; it has no routed gradient, "
+            f"detached=({unrouted[0]!r},) gives it without"
         )
     if vocab_order is None:
         return None, gradient.pack()

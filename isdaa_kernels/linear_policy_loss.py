@@ -72,7 +72,7 @@ def linear_policy_loss(
                    [N] or [1, N]. Or `reference`: (hidden, head) of the reference model, of the same vocabulary, evaluated here without
                    gradient, with the options of the policy.
     monitors       statistics of the vocabulary for the metrics, of `linear_logprob_stats`, made in the same pass: "entropy", "top_k_mass",
-                   "top_k_entropy". Those that are not in the loss come without gradient. top_k as there.
+                   "top_k_entropy". Those that are not in the loss come without gradient, and may stand beside `Routed`. top_k as there.
     temperature    that of the sampler, as in `linear_logprob`; max_scored, gradient, vocab_order, max_workspace_mb, backend, validate, too.
     the others     as in `policy_loss`.
 
@@ -101,5 +101,6 @@ def linear_policy_loss(
     if reference is not None:
         with torch.no_grad():
             inputs["reference_logprob"], _ = evaluate(*reference, targets, kernel)
-    policy_N, stats = evaluate(hidden, head, targets, kernel, wanted, top_k)
+    detached = [name for name in wanted if name != "entropy" or entropy_weight == 0]
+    policy_N, stats = evaluate(hidden, head, targets, kernel, wanted, detached, top_k)
     return terms.loss(TokenInputs(policy_N, cu_seqlens, targets != ignore_index, stats=stats, **inputs))

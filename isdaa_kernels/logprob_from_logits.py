@@ -61,6 +61,7 @@ def logprob_stats_from_logits(
     targets: Tensor,
     *,
     stats: Sequence[str] = ("entropy",),
+    detached: Sequence[str] = (),
     top_k: int = 20,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -72,13 +73,13 @@ def logprob_stats_from_logits(
 ) -> tuple[Tensor, VocabStats]:
     """`logprob_from_logits`, and the statistics of `linear_logprob_stats` (formulas there) from the same pass over the logits.
 
-    entropy, lse and mean_logit have a gradient for the logits, in the same backward as the log-prob's; the others come detached.
-    No probabilities and no sorted copy [..., V] are allocated.
+    entropy, lse and mean_logit have a gradient for the logits, in the same backward as the log-prob's; the others come detached, and so
+    do those named in `detached`. No probabilities and no sorted copy [..., V] are allocated.
 
-    Returns (logprob [...], VocabStats of [...]). Raises ValueError for unknown, missing or doubled names, a top_k outside 1..64, and
-    what `logprob_from_logits` raises for.
+    Returns (logprob [...], VocabStats of [...]). Raises ValueError for unknown, missing or doubled names, a detached one that is not in
+    `stats`, a top_k outside 1..64, and what `logprob_from_logits` raises for.
     """
-    request = check_stats(stats, top_k)
+    request = check_stats(stats, detached, top_k)
     return _run(
         logits, targets, request, logit_scale, softcap, temperature, ignore_index, overwrite_logits, backend, validate
     )
@@ -116,11 +117,12 @@ def _run(
         None if softcap is None else float(softcap),
         ignore_index,
         overwrite_logits,
-        ",".join(request.names),
+        ",".join(request.differentiable),
         request.top_k,
         backend,
+        ",".join(request.detached),
     )
-    return logprob_N.reshape(targets.shape), VocabStats.from_rows(stats_SN, request.names, targets.shape)
+    return logprob_N.reshape(targets.shape), VocabStats.from_rows(stats_SN, request, targets.shape)
 
 
 def _check_overwrite(logits: Tensor) -> None:

@@ -15,7 +15,13 @@ from isdaa_kernels.stats import VocabStats
 
 
 def evaluate(
-    hidden: Tensor, head: LMHead | Tensor, targets: Tensor, kernel: dict, stats: Sequence[str] = (), top_k: int = 20
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    targets: Tensor,
+    kernel: dict,
+    stats: Sequence[str] = (),
+    detached: Sequence[str] = (),
+    top_k: int = 20,
 ) -> tuple[Tensor, VocabStats | None]:
     """Token log-probs [N], and statistics of each token's distribution where any are asked for."""
     head = head if isinstance(head, LMHead) else LMHead(head)
@@ -23,7 +29,7 @@ def evaluate(
     if not stats:
         return linear_logprob(hidden, head.weight, targets, **transforms, **kernel).reshape(-1), None
     logprob, found = linear_logprob_stats(
-        hidden, head.weight, targets, stats=stats, top_k=top_k, **transforms, **kernel
+        hidden, head.weight, targets, stats=stats, detached=detached, top_k=top_k, **transforms, **kernel
     )
     return logprob.reshape(-1), found
 

@@ -18,9 +18,9 @@ MAX_TOP_K = 64
 class VocabStats:
     """Statistics of each token's distribution over the vocabulary, [...] as the targets; None where not asked for.
 
-    entropy           -sum p log p                        differentiable
-    lse               log sum exp z                       differentiable
-    mean_logit        sum z / V                           differentiable
+    entropy           -sum p log p                        differentiable, unless asked for as `detached`
+    lse               log sum exp z                       differentiable, unless asked for as `detached`
+    mean_logit        sum z / V                           differentiable, unless asked for as `detached`
     log_sum_sq_prob   log sum p^2 (minus the Renyi entropy of order 2)
     is_top1           bool: no logit is above the target's; False where the log-prob is NaN
     top_k_mass        sum of the k largest p
@@ -40,27 +40,30 @@ class VocabStats:
     top_k_entropy: Tensor | None = None
 
     @classmethod
-    def from_rows(cls, stats_SN: Tensor, names: Sequence[str], shape: torch.Size) -> "VocabStats":
-        """The rows that a backend made, in the order of `names`; those without a gradient come detached."""
+    def from_rows(cls, stats_SN: Tensor, request: "StatsRequest", shape: torch.Size) -> "VocabStats":
+        """The rows that a backend made, in the order of the request; those without a gradient come detached."""
         fields = {}
-        for s, name in enumerate(names):
-            value_N = stats_SN[s] if name in DIFFERENTIABLE else stats_SN[s].detach()
+        for s, name in enumerate(request.names):
+            value_N = stats_SN[s] if name in request.differentiable else stats_SN.detach()[s]
             fields[name] = (value_N > 0 if name == "is_top1" else value_N).reshape(shape)
         return cls(**fields)
 
 
 @dataclass(frozen=True)
 class StatsRequest:
-    """What a backend is asked for: the rows of its `stats_SN`, in this order, is_top1 as 0 or 1."""
+    """What a backend is asked for: the rows of its `stats_SN`, in the order of `names`, is_top1 as 0 or 1. `detached`: the last of them,
+    which have no part in the backward."""
 
     names: tuple[str, ...] = ()
     top_k: int = 20
+    detached: tuple[str, ...] = ()
 
     def wants(self, *names: str) -> bool:
         return any(name in self.names for name in names)
 
-    def gradient(self) -> bool:
-        return self.wants(*DIFFERENTIABLE)
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name in DIFFERENTIABLE and name not in self.detached)
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,9 @@ class TokenGradient:
         return TokenGradient(*(None if term_N is None else function(term_N) for term_N in terms))
 
 
-def check_stats(stats: Sequence[str], top_k: int) -> StatsRequest:
-    """The request, or ValueError for names that are unknown, missing or doubled, and for a top_k outside 1..64."""
+def check_stats(stats: Sequence[str], detached: Sequence[str], top_k: int) -> StatsRequest:
+    """The request, its rows with a gradient first; ValueError for names that are unknown, missing or doubled, for detached ones that are
+    not in `stats`, and for a top_k outside 1..64."""
     allowed = f"some of {', '.join(STATS)}"
     if isinstance(stats, str) or len(stats) == 0:
         raise ValueError(f"stats: expected a sequence of {allowed}, got {stats!r}")
@@ -125,6 +129,14 @@ def check_stats(stats: Sequence[str], top_k: int) -> StatsRequest:
             raise ValueError(f"stats: expected {allowed}, got {name!r}")
     if len(set(stats)) != len(stats):
         raise ValueError(f"stats: expected each name once, got {tuple(stats)}")
+    if isinstance(detached, str):
+        raise ValueError(f"detached: expected a sequence of names, got {detached!r}")
+    for name in detached:
+        if name not in stats:
+            raise ValueError(f"detached: expected some of stats = {', '.join(stats)}, got {name!r}")
+    if len(set(detached)) != len(detached):
+        raise ValueError(f"detached: expected each name once, got {tuple(detached)}")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
         raise ValueError(f"top_k: expected a whole number from 1 to {MAX_TOP_K}, got {top_k!r}")
-    return StatsRequest(tuple(stats), top_k)
+    constant = tuple(name for name in stats if name in detached or name not in DIFFERENTIABLE)
+    return StatsRequest((*(name for name in stats if name not in constant), *constant), top_k, constant)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from isdaa_kernels import linear_logprob, linear_logprob_stats
+from isdaa_kernels.stats import STATS
 from isdaa_kernels.testing import FlopCounter, dense_logprob, make_sample, poisoned_empty, relative_error
 
 
@@ -154,6 +155,30 @@ def test_softcap_and_entropy_take_the_other_way():
     logprob, stats = linear_logprob_stats(other, weight, sample.targets, stats=("entropy",), backend="cpu")
     (logprob + stats.entropy).backward(sample.upstream)
     assert torch.equal(leaf.grad, other.grad)
+
+
+def test_beside_detached_statistics():
+    """Values, gradient and work of the call without them: entropy and mean logit do not bar the way if they have no gradient."""
+    sample = make_sample(512, 16, 4096, bias=True, ignored=0.2)
+    value, grad = ours(sample)
+    seen = []
+
+    def call(h):
+        options = {"stats": STATS, "detached": ("entropy", "mean_logit"), "bias": sample.bias, "backend": "cpu"}
+        logprob, stats = linear_logprob_stats(h, sample.weight, sample.targets, **options)
+        return seen.append(stats) or logprob
+
+    with FlopCounter() as counter:
+        found, found_grad = d_hidden(sample, call)
+    assert counter.flop == 2 * 2 * int((sample.targets >= 0).sum()) * 16 * 4096
+    assert torch.equal(found, value)
+    assert torch.equal(found_grad, grad)
+    expected = linear_logprob_stats(
+        sample.hidden, sample.weight, sample.targets, stats=STATS, bias=sample.bias, backend="cpu"
+    )[1]
+    for name in STATS:
+        assert torch.equal(getattr(seen[0], name), getattr(expected, name)), name
+        assert getattr(seen[0], name).requires_grad == (name == "lse")
 
 
 def test_nothing_to_score():

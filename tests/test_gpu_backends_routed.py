@@ -13,7 +13,7 @@ from isdaa_kernels.backends.gpu import plan as plans
 from isdaa_kernels.dispatch import Problem, refusal
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.routing import choose_routes
-from isdaa_kernels.stats import StatsRequest, TokenGradient
+from isdaa_kernels.stats import STATS, StatsRequest, TokenGradient
 from isdaa_kernels.testing import (
     Sample,
     assert_error_contract,
@@ -193,6 +193,31 @@ def test_the_gradient_of_lse():
 
     found, expected = (sample.grads(lambda h, w, b, n=n: value(h, w, b, n)) for n in (under.name, "reference"))
     assert_close(found, expected, 2e-6)
+
+
+def test_detached_statistics():
+    """Beside routed gradients: the values of the call with exact ones, and the gradient of the log-prob alone."""
+    sample = sample_of(V=200, bias=True, ignored=0.2)
+    options = {"gradient": Routed(1e-2, block=64), "vocab_order": some_order(200)}
+    seen = []
+
+    def value(h, w, b):
+        logprob, stats = linear_logprob_stats(
+            h, w, sample.targets, bias=b, stats=STATS, detached=STATS, top_k=3, backend=under.name, **options
+        )
+        return seen.append(stats) or logprob
+
+    for a, b in zip(sample.grads(value), ours(sample, **options), strict=True):
+        assert torch.equal(a, b)
+    expected = linear_logprob_stats(
+        sample.hidden.double(), sample.weight.double(), sample.targets, bias=sample.bias.double(), stats=STATS, top_k=3,
+        backend="reference",
+    )[1]  # fmt: skip
+    for name in STATS:
+        found = getattr(seen[0], name)
+        assert not found.requires_grad
+        assert relative_error(found, getattr(expected, name)) < (0.5 if name == "is_top1" else 2e-6), name
+    assert torch.equal(seen[0].is_top1, expected.is_top1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

@@ -22,9 +22,10 @@ from trl import (
 )
 from trl_fixtures import make_folder, make_pairs, train
 
-from isdaa_kernels import NoBackend, Routed, make_vocab_order
+from isdaa_kernels import NoBackend, Routed, make_vocab_order, ops
 from isdaa_kernels.integrations import patching
 from isdaa_kernels.integrations.trl import make_function, patch_trl
+from isdaa_kernels.testing import FlopCounter
 
 ORIGINAL = chunked_logprob.ChunkedLogProbFunction
 NAMES = ("logprob", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -287,14 +288,40 @@ def test_routed_gradients(ordered):
         torch.testing.assert_close(our_grad, grad, rtol=1e-5, atol=2e-5)
 
 
-def test_a_routed_gradient_of_the_entropy_raises():
+@pytest.mark.parametrize("settings", [{"gradient": Routed()}, {"detach_entropy": True}], ids=["routed", "detached"])
+def test_a_gradient_of_the_entropy_where_there_is_none_raises(settings):
     hidden, weight, _, targets = tensors(5)
-    logprob, entropy, *_ = ours(gradient=Routed()).apply(hidden.requires_grad_(), weight, None, targets, 1.0, 128)
-    with pytest.raises(NotImplementedError, match="entropy: has no routed gradient"):
+    logprob, entropy, *_ = ours(**settings).apply(hidden.requires_grad_(), weight, None, targets, 1.0, 128)
+    with pytest.raises(NotImplementedError, match="entropy: has no gradient here"):
         (logprob.sum() + 0.1 * entropy.sum()).backward()
     with torch.no_grad():
-        _, entropy, *_ = ours(gradient=Routed()).apply(hidden, weight, None, targets, 1.0, 128)
+        _, entropy, *_ = ours(**settings).apply(hidden, weight, None, targets, 1.0, 128)
     assert not entropy.requires_grad
+
+
+@pytest.mark.parametrize("outputs", [("log_probs", *ALL), ("log_probs", "entropy"), ("log_probs", "mean_logits")])
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_metrics_come_from_the_one_forward(outputs, routed, frozen):
+    """Calls of the head's forward, and the matrix work of forward and backward: that of the log-probs alone."""
+    hidden, weight, _, targets = tensors(512)
+    settings = {"gradient": Routed(tolerance=3.0, block=32, row_share=0.0)} if routed else {"detach_entropy": True}
+    flop, calls = [], []
+    forward = ops.linear_logprob_forward
+    for function, wanted in ((ours(**settings), outputs), (ours(**settings), ("log_probs",))):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        with FlopCounter() as counter, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "linear_logprob_forward", lambda *args: calls.append(args) or forward(*args))
+            function.apply(*leaves, None, targets, 1.0, 128, None, 1.0, wanted)[0].square().sum().backward()
+        flop.append((counter.flop, [x.grad for x in leaves]))
+    assert len(calls) == 2
+    (with_metrics, grads), (without, plain) = flop
+    assert with_metrics == without
+    if frozen and not routed:
+        assert with_metrics == 2 * 2 * 512 * D * V
+    for grad, expected in zip(grads, plain, strict=True):
+        assert (grad is None) == (expected is None)
+        assert grad is None or torch.equal(grad, expected)
 
 
 def assert_same_run(expected, found, tolerance):
@@ -385,8 +412,18 @@ def test_dpo_with_routed_gradients(tmp_path):
 
 def test_grpo_with_an_entropy_bonus_cannot_be_routed(tmp_path):
     model, settings = make_folder(tmp_path), {**ONLINE, "entropy_coef": 0.05}
-    with patch_trl(gradient=Routed()), pytest.raises(NotImplementedError, match="entropy: has no routed gradient"):
+    with patch_trl(gradient=Routed()), pytest.raises(NotImplementedError, match="entropy: has no gradient here"):
         train(tmp_path / "run", model, GRPOTrainer, GRPOConfig, prompts_only(make_pairs()), **settings)
+
+
+def test_dpo_of_an_adapter_without_the_entropys_gradient(tmp_path):
+    from peft import LoraConfig
+
+    model, lora = make_folder(tmp_path), LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    _, expected = train(tmp_path / "theirs", model, peft_config=lora)
+    with patch_trl(detach_entropy=True):
+        _, found = train(tmp_path / "ours", model, peft_config=lora)
+    assert_same_run(expected, found, 2e-5)
 
 
 def test_a_trainer_made_before_the_patch_runs_on_it(tmp_path, monkeypatch):

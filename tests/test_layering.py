@@ -49,6 +49,7 @@ ALLOWED = {
         "routing",
         "vocab_order",
     },
+    "monitors": {"objectives", "stats"},
     "explain": {"dispatch", "divergence", "routing", "workspace"},
     "testing": {"backends", "lm_head", "ops", "stats"},  # whose products it counts
 }

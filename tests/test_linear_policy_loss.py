@@ -97,6 +97,15 @@ def test_reference_entropy_and_monitors(backend):
     assert {"entropy/mean", "top_k_mass/mean", "top_k_entropy/mean", "kl/sqrt"} <= found.metrics.keys()
 
 
+def test_monitors_beside_routed_gradients():
+    """Metrics have no gradient, so that they may stand beside one that cannot be theirs."""
+    batch = Batch("grpo")
+    routed = {"gradient": Routed(0.0, block=32), "monitors": ("entropy", "top_k_mass", "mean_logit")}
+    found = batch.fused("grpo", **routed)
+    assert_same(found, batch.fused("grpo", **{**routed, "gradient": "exact"}), batch)
+    assert {"entropy/mean", "top_k_mass/mean", "mean_logit/mean"} <= found.metrics.keys()
+
+
 def test_shapes_with_a_leading_one():
     batch = Batch()
     expected = batch.fused("grpo")

@@ -25,6 +25,24 @@ def _forward_args(sample, backend, **changes):
     return tuple({**args, **changes}.values())
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("stats", ["", "lse"])
+def test_opcheck_of_detached_statistics(backend, stats):
+    sample = make_sample(50, 6, 40, bias=True, ignored=0.3)
+    for leaf in (sample.hidden, sample.weight, sample.bias):
+        leaf.requires_grad_()
+    more = {"order": None, "routed": None, "hidden_in_forward": False, "detached": "entropy,is_top1,mean_logit"}
+    args = _forward_args(sample, backend, stats=stats, **more)
+    torch.library.opcheck(ops.linear_logprob_forward, args)
+    values = ops.linear_logprob_forward(*args)[1]
+    assert values.shape == (3 + bool(stats), 50)
+    assert values.requires_grad == bool(stats)
+    logits = (sample.hidden @ sample.weight.T).detach().requires_grad_()
+    logits_args = (logits, sample.targets, None, 0.9, 1.1, 4.0, -100, False, stats, 5, backend, "is_top1,entropy")
+    torch.library.opcheck(ops.logprob_from_logits_forward, logits_args)
+    assert ops.logprob_from_logits_forward(*logits_args)[1].shape == (2 + bool(stats), 50)
+
+
 # Nothing asked for; all seven; only what has no gradient; only what has one.
 STATS_ARGUMENTS = ["", ",".join(STATS), "is_top1,top_k_mass", "entropy,lse"]
 

@@ -39,6 +39,7 @@ NAMES = {
     "logprob_from_logits",
     "logprob_stats_from_logits",
     "make_vocab_order",
+    "monitors",
     "objective_of",
     "plan",
     "policy_loss",
@@ -87,9 +88,9 @@ def test_the_signatures_of_the_primitives(name, positional):
     parameters = inspect.signature(getattr(isdaa_kernels, name)).parameters
     assert list(parameters)[: len(positional)] == positional
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in list(parameters.values())[len(positional) :])
-    # The form with statistics takes the same, and two more.
+    # The form with statistics takes the same, and three more.
     with_stats = {"linear_logprob": "linear_logprob_stats", "logprob_from_logits": "logprob_stats_from_logits"}[name]
     more = inspect.signature(getattr(isdaa_kernels, with_stats)).parameters
-    assert set(more) - set(parameters) == {"stats", "top_k"}
+    assert set(more) - set(parameters) == {"stats", "detached", "top_k"}
     assert [p for p in more if p in parameters] == list(parameters)
     assert all(more[p].default == parameters[p].default for p in parameters)

@@ -17,6 +17,7 @@ from isdaa_kernels import (
 )
 from isdaa_kernels.backends.cpu import routed as cpu_routed
 from isdaa_kernels.routing import choose_routes
+from isdaa_kernels.stats import STATS
 from isdaa_kernels.testing import (
     FlopCounter,
     denormal_numbers_in_products,
@@ -259,19 +260,45 @@ def test_faint_tokens_count_as_without_a_gradient():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_beside_routed_gradients(backend):
-    """Every one that may stand beside them is the one that stands beside exact gradients."""
+    """Every one is the one that stands beside exact gradients: in any order of the vocabulary, those that cannot be routed detached."""
     sample = sharp(ignored=0.2)
-    names = ("lse", "log_sum_sq_prob", "is_top1", "top_k_mass", "top_k_entropy")
-    found, expected = (
+    found, ordered, expected = (
         linear_logprob_stats(
-            sample.hidden.clone().requires_grad_(), sample.weight, sample.targets, stats=names, gradient=gradient, backend=backend
+            sample.hidden.clone().requires_grad_(), sample.weight, sample.targets, stats=STATS, detached=("entropy", "mean_logit"),
+            backend=backend, **gradient
         )[1]
-        for gradient in (Routed(), "exact")
+        for gradient in ({"gradient": Routed()}, {"gradient": Routed(), "vocab_order": some_order(2777)}, {})
     )  # fmt: skip
-    for name in names:
+    for name in STATS:
+        values = [getattr(stats, name).double() for stats in (ordered, expected)]
+        assert torch.allclose(*values, rtol=1e-6, atol=1e-6), name
+        assert getattr(found, name).requires_grad == (name == "lse")
         assert torch.allclose(getattr(found, name).double(), getattr(expected, name).double(), rtol=1e-6, atol=1e-6), (
             name
         )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_beside_detached_statistics(backend):
+    """That of a call without them, to the bit, with as much matrix work."""
+    sample = sharp(bias=True, ignored=0.2)
+    options = {"gradient": Routed(1e-2, block=64), "backend": backend}
+
+    def plain(h, w, b):
+        return linear_logprob(h, w, sample.targets, bias=b, **options)
+
+    def beside(h, w, b):
+        return linear_logprob_stats(h, w, sample.targets, bias=b, stats=STATS, detached=STATS, **options)[0]
+
+    results = []
+    for function in (plain, beside):
+        with FlopCounter() as counter:
+            grads = sample.grads(function)
+        results.append((counter.flop, grads))
+    (flop, expected), (found_flop, found) = results
+    assert found_flop == flop
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.usefixtures("always_routed")
@@ -449,7 +476,7 @@ def test_an_order_gathers_rows_that_move_together(tmp_path):
         (lambda s: ours(s, Routed(), softcap=3.0), "softcap: expected None with gradient=Routed"),
         (
             lambda s: linear_logprob_stats(s.hidden.requires_grad_(), s.weight, s.targets, gradient=Routed()),
-            "stats: expected none of entropy",
+            "stats: expected none of entropy, .* detached=.'entropy',. gives it without",
         ),
         (lambda s: make_vocab_order(s.weight, s.hidden[:, :3]), "hidden_sample: expected"),
     ],

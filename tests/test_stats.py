@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 
-from isdaa_kernels import linear_logprob, linear_logprob_stats, logprob_stats_from_logits, plan
+from isdaa_kernels import (
+    linear_logprob,
+    linear_logprob_stats,
+    logprob_from_logits,
+    logprob_stats_from_logits,
+    plan,
+)
 from isdaa_kernels.dispatch import Problem, refusal
-from isdaa_kernels.stats import DIFFERENTIABLE, STATS, StatsRequest, TokenGradient, VocabStats
+from isdaa_kernels.stats import DIFFERENTIABLE, STATS, StatsRequest, TokenGradient, VocabStats, check_stats
 from isdaa_kernels.testing import (
     FlopCounter,
     Sample,
@@ -432,6 +438,102 @@ def test_matrix_work(backend, names):
     assert counter.flop == 2 * N * D * V
 
 
+def _with_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone().requires_grad_()
+
+
+def _of_hidden(sample: Sample, backend):
+    """(call, what is saved and returned by it, its leaves) of statistics from hidden states."""
+    leaves = _with_gradient(sample.hidden), _with_gradient(sample.weight), _with_gradient(sample.bias)
+    hidden, weight, bias = leaves
+    plain = lambda: linear_logprob(hidden, weight, sample.targets, bias=bias, backend=backend)  # noqa: E731
+    stats = lambda **o: linear_logprob_stats(hidden, weight, sample.targets, bias=bias, backend=backend, **o)  # noqa: E731
+    return leaves, plain, stats
+
+
+def _of_logits(sample: Sample, backend):
+    logits = _with_gradient(sample.hidden @ sample.weight.T)
+    plain = lambda: logprob_from_logits(logits, sample.targets, backend=backend)  # noqa: E731
+    stats = lambda **o: logprob_stats_from_logits(logits, sample.targets, backend=backend, **o)  # noqa: E731
+    return (logits,), plain, stats
+
+
+def _saved(call) -> tuple[object, list[int]]:
+    """(what a call returns, how many numbers each tensor has that it saves for the backward)."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        result = call()
+    return result, sizes
+
+
+@pytest.mark.parametrize("call", [_of_hidden, _of_logits])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_detached_statistics_are_numbers_and_nothing_else(backend, call):
+    """All detached: the log-prob, its gradient, the matrix work and what is saved are those of a call without statistics."""
+    sample = make_sample(300, 12, 701, bias=True, ignored=0.3)
+    leaves, plain, stats = call(sample, backend)
+    with FlopCounter() as counter:
+        logprob, sizes = _saved(plain)
+        grads = torch.autograd.grad(logprob, leaves, sample.upstream)
+    with FlopCounter() as with_stats:
+        (found, values), more = _saved(lambda: stats(stats=STATS, detached=STATS))
+        found_grads = torch.autograd.grad(found, leaves, sample.upstream)
+    assert torch.equal(found, logprob)
+    assert more == sizes
+    assert with_stats.flop == counter.flop
+    for a, b in zip(found_grads, grads, strict=True):
+        assert torch.equal(a, b)
+    expected = stats(stats=STATS)[1]
+    for name in STATS:
+        value = getattr(values, name)
+        assert torch.equal(value, getattr(expected, name)), name
+        assert value.grad_fn is None
+        assert not value.requires_grad
+    assert expected.entropy.requires_grad
+
+
+@pytest.mark.parametrize("call", [_of_hidden, _of_logits])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_some_with_a_gradient_and_some_without(backend, call):
+    """In an order in which no name stands where its row does; the backward gets the rows of those with a gradient alone."""
+    sample = make_sample(140, 12, 701, bias=True, ignored=0.3)
+    leaves, _, stats = call(sample, backend)
+    names, detached = ("is_top1", "mean_logit", "entropy", "top_k_mass", "lse"), ("mean_logit", "lse", "is_top1")
+    logprob, found = stats(stats=names, detached=detached)
+    alone = stats(stats=("entropy",))
+    for name in names:
+        assert torch.equal(getattr(found, name), getattr(stats(stats=names)[1], name)), name
+        assert getattr(found, name).requires_grad == (name == "entropy")
+    values = lambda result: result[0] * 0.3 + result[1].entropy.square()  # noqa: E731
+    for a, b in zip(
+        *(torch.autograd.grad(values(x), leaves, sample.upstream) for x in ((logprob, found), alone)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_detached_statistics_of_a_compiled_function():
+    sample = make_sample(40, 8, 60, ignored=0.3)
+    seen = []
+
+    def loss(hidden, weight, _):
+        names = {"stats": ("entropy", "lse", "mean_logit"), "detached": ("mean_logit", "entropy")}
+        logprob, stats = linear_logprob_stats(hidden, weight, sample.targets, **names)
+        return logprob + 0.1 * stats.lse, stats.entropy, stats.mean_logit
+
+    def keep(function):
+        return lambda *leaves: seen.append(function(*leaves)) or seen[-1][0]
+
+    torch.compiler.reset()
+    compiled = sample.grads(keep(torch.compile(loss, fullgraph=True, backend="aot_eager")))
+    eager = sample.grads(keep(loss))
+    for a, b in zip(compiled, eager, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b)
+        assert a.requires_grad == b.requires_grad
+    assert [x.requires_grad for x in seen[0]] == [True, False, False]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_token_without_any_gradient_costs_nothing(backend):
     sample = make_sample(1024, 8, 3000)
@@ -583,7 +685,10 @@ def test_the_token_gradient_is_made_of_what_is_there():
         torch.tensor([0.0, 0.0, float("nan")]), torch.tensor([[0.0, 1.0, 0.0]]), values[:1], ("lse",), 10
     )
     assert zero.active().tolist() == [False, True, True]
-    assert not StatsRequest(("is_top1",)).gradient()
+    assert StatsRequest(("is_top1",)).differentiable == ()
+    request = check_stats(("is_top1", "entropy", "lse", "top_k_mass"), ("lse",), 3)
+    assert request == StatsRequest(("entropy", "is_top1", "lse", "top_k_mass"), 3, ("is_top1", "lse", "top_k_mass"))
+    assert request.differentiable == ("entropy",)
 
 
 BAD = {
@@ -591,6 +696,10 @@ BAD = {
     "empty": ({"stats": ()}, r"stats: expected a sequence of some of entropy, .* got \(\)"),
     "a string": ({"stats": "entropy"}, "stats: expected a sequence of some of entropy, .* got 'entropy'"),
     "doubled": ({"stats": ("lse", "entropy", "lse")}, r"stats: expected each name once, got \('lse', 'entropy', 'lse'\)"),
+    "detached, not asked for": ({"detached": ("lse",)}, "detached: expected some of stats = entropy, got 'lse'"),
+    "detached, unknown": ({"detached": ("varentropy",)}, "detached: expected some of stats = entropy, got 'varentropy'"),
+    "detached, doubled": ({"detached": ("entropy", "entropy")}, r"detached: expected each name once, got \('entropy', 'entropy'\)"),
+    "detached, a string": ({"detached": "entropy"}, "detached: expected a sequence of names, got 'entropy'"),
     "k 0": ({"top_k": 0}, "top_k: expected a whole number from 1 to 64, got 0"),
     "k 65": ({"top_k": 65}, "top_k: expected a whole number from 1 to 64, got 65"),
     "k float": ({"top_k": 2.0}, "top_k: expected a whole number from 1 to 64, got 2.0"),

@@ -58,6 +58,8 @@ def test_every_field_is_a_flag_with_its_default_in_the_help():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"monitor_top_k": 0}, "monitor_top_k: expected a value at least 1, got 0"),
+        ({"monitor_top_k": 65}, "monitor_top_k: expected a value at most 64, got 65"),
         ({"lr": -1.0}, "lr: expected a value above 0, got -1.0"),
         ({"lr": "fast"}, "lr: expected float, got 'fast'"),
         ({"lr": float("nan")}, "lr: expected a finite number, got nan"),

@@ -104,6 +104,7 @@ def test_one_step_equals_the_formula_with_dense_logits(policy, reference_policy,
 
 def test_how_a_step_is_cut_does_not_matter(policy, reference_policy, pairs, config):
     reference = pair_logprob(reference_policy, pairs, config, "test")
+    config = dataclasses.replace(config, monitor_top_k=5, importance_floor=0.5)
     results = []
     for limit in (45, 10_000):
         model = copy.deepcopy(policy.model)
@@ -115,6 +116,45 @@ def test_how_a_step_is_cut_does_not_matter(policy, reference_policy, pairs, conf
     assert metrics == pytest.approx(whole_metrics, rel=1e-4)
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter, whole_parameters[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_monitors_of_a_step_equal_those_of_dense_logits(policy, reference_policy, pairs, config):
+    """Over all tokens and completions of the step, which more than one micro-batch holds."""
+    reference = pair_logprob(reference_policy, pairs, config, "test")
+    mass, entropy = [], []
+    with torch.no_grad():
+        for pair in pairs:
+            for completion in (pair.chosen, pair.rejected):
+                logits = policy.model(input_ids=torch.tensor([pair.prompt + completion])).logits[0]
+                p = logits[len(pair.prompt) - 1 : -1].softmax(-1).topk(5).values
+                mass.append(p.sum(-1))
+                entropy.append(-(p * p.log()).sum(-1))
+        log_ratio = (dense_logprobs(policy.model, pairs).double() - reference).clamp(max=2)
+    log_weight = (dense_logprobs(policy.model, pairs).double() - reference).sum(1)
+    assert len(list(micro_batches(pairs, config.max_tokens_per_micro_batch))) > 1
+    plain = train_step(policy, torch.optim.SGD(policy.model.parameters(), lr=0.0), pairs, reference, config, step=1)
+    floor = math.exp(log_weight.median().item() + 1e-3)
+    config = dataclasses.replace(config, monitor_top_k=5, importance_floor=min(floor, 1.0))
+    metrics = train_step(policy, torch.optim.SGD(policy.model.parameters(), lr=0.0), pairs, reference, config, step=1)
+    added = {"top_k_mass/mean", "top_k_entropy/mean", "weight/floored_frac"}
+    assert metrics.keys() - plain.keys() == added
+    assert metrics["top_k_mass/mean"] == pytest.approx(torch.cat(mass).mean().item(), rel=1e-5)
+    assert metrics["top_k_entropy/mean"] == pytest.approx(torch.cat(entropy).mean().item(), rel=1e-5)
+    assert metrics["kl/sqrt"] == pytest.approx((log_ratio.expm1() - log_ratio).mean().sqrt().item(), rel=1e-4)
+    assert metrics["weight/floored_frac"] == (log_weight < math.log(config.importance_floor)).double().mean().item() > 0
+
+
+def test_monitors_change_nothing_of_a_step(policy, reference_policy, pairs, config):
+    reference = pair_logprob(reference_policy, pairs, config, "test")
+    results = []
+    for top_k in (None, 3):
+        model = copy.deepcopy(policy.model)
+        watched = dataclasses.replace(config, monitor_top_k=top_k)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train_step(dataclasses.replace(policy, model=model), optimizer, pairs, reference, watched, step=1)
+        results.append(dict(model.named_parameters()))
+    for name, parameter in results[0].items():
+        assert torch.equal(parameter, results[1][name])
 
 
 def test_the_policy_starts_as_its_own_reference(policy, pairs, config):
@@ -194,6 +234,9 @@ def test_evaluation_by_hand(pairs, config):
     assert metrics["likelier/frac"] == (1 + 0.5 + 0 + 0.5) / 4
     assert metrics["weight/max"] == pytest.approx(math.exp(2))
     assert metrics["weight/mean"] == pytest.approx(weight.mean().item(), rel=1e-6)
+    # log-ratios 1, 0, 0, -1 and 0, 0, -1, 5, of which the last counts as 2
+    k3 = (math.e - 2 + 2 / math.e + math.exp(2) - 3) / 8
+    assert metrics["kl/sqrt"] == pytest.approx(math.sqrt(k3), rel=1e-6)
 
 
 def test_metrics_merge_by_their_endings():
@@ -204,13 +247,21 @@ def test_metrics_merge_by_their_endings():
             "weight/clipped_frac": mean,
             "x/count": count,
             "weight/ess": ess,
+            "kl/sqrt": count,
         }
         return size, {name: torch.tensor(float(value)) for name, value in metrics.items()}
 
     # weights 1, 3 and 2, 2, 5
     merged = merge_metrics([part(2, 2, 3, 1, 16 / 10), part(3, 3, 5, 2, 81 / 33)])
     assert merged == pytest.approx(
-        {"weight/mean": 13 / 5, "weight/max": 5, "weight/clipped_frac": 13 / 5, "x/count": 3, "weight/ess": 169 / 43}
+        {
+            "weight/mean": 13 / 5,
+            "weight/max": 5,
+            "weight/clipped_frac": 13 / 5,
+            "x/count": 3,
+            "weight/ess": 169 / 43,
+            "kl/sqrt": math.sqrt((2 * 1 + 3 * 4) / 5),
+        }
     )
     with pytest.raises(KeyError, match="median"):
         merge_metrics([(1, {"loss/median": torch.tensor(1.0), "weight/mean": torch.tensor(1.0)})])

@@ -20,7 +20,6 @@ STATS = {
     "mean_logits": "mean_logit",
     "is_top1": "is_top1",
 }
-UNROUTED = ("entropy", "mean_logit")
 
 
 def patch_trl(
@@ -29,6 +28,7 @@ def patch_trl(
     vocab_order: VocabOrder | None = None,
     max_workspace_mb: float | None = None,
     backend: str | None = None,
+    detach_entropy: bool = False,
     any_version: bool = False,
 ) -> Patch:
     """From here on every model with TRL's fused LM head, trained already or not, computes its log-probs with `linear_logprob`, until
@@ -36,7 +36,9 @@ def patch_trl(
 
     That is the head of DPOTrainer, KTOTrainer, SFTTrainer, GRPOTrainer, RLOOTrainer and of what else calls TRL's `add_fused_lm_head`; the
     distillation trainers compare two heads at once, and keep TRL's own. gradient, vocab_order, max_workspace_mb, backend: as in
-    `linear_logprob`, for every call. any_version: try it on a TRL that this was not tested with.
+    `linear_logprob`, for every call. detach_entropy: the entropy is a metric only, as it is to every trainer but GRPO with an
+    `entropy_coef`; on the CPU a frozen head (LoRA) then takes 2 units of matrix work instead of 3. any_version: try it on a TRL that this
+    was not tested with.
 
     The same as TRL's ChunkedLogProbFunction, but:
 
@@ -45,8 +47,8 @@ def patch_trl(
       differ in the metric `mean_token_accuracy`, where rows of the head are equal, and where TRL's rounding makes 16-bit logits equal.
     - On the CPU only the tokens that have a label are projected, as TRL itself does on a GPU; there it passes all, with label 0 for the
       others. Other devices are as TRL has them.
-    - With `Routed`, entropy and mean logit come from a second forward of the head, as they have no routed gradient: for the metrics that is
-      all. A loss that takes the entropy's gradient (GRPO's `entropy_coef`) raises NotImplementedError in its backward.
+    - With `Routed` or `detach_entropy`, a loss that takes the entropy's gradient (GRPO's `entropy_coef`) raises NotImplementedError in its
+      backward. All that TRL reports comes from the one forward of the head in any case.
 
     Raises ImportError for a version of TRL that was not tested, ValueError where TRL is patched already. At the first forward: ValueError
     for settings that `linear_logprob` refuses, NotImplementedError for a head partitioned by DeepSpeed ZeRO-3, of which TRL gathers
@@ -56,7 +58,9 @@ def patch_trl(
     import trl.kernels.chunked_logprob
     import trl.trainer.utils
 
-    head = make_function(gradient=gradient, vocab_order=vocab_order, max_workspace_mb=max_workspace_mb, backend=backend)
+    head = make_function(
+        detach_entropy, gradient=gradient, vocab_order=vocab_order, max_workspace_mb=max_workspace_mb, backend=backend
+    )
     compact = trl.trainer.utils._use_triton
     return Patch(
         (trl.kernels, "ChunkedLogProbFunction", head),
@@ -66,8 +70,9 @@ def patch_trl(
     )
 
 
-def make_function(**settings: object) -> type:
+def make_function(detach_entropy: bool = False, **settings: object) -> type:
     """A class with the `apply` of TRL's ChunkedLogProbFunction; `settings` go to `linear_logprob`."""
+    metrics_only = detach_entropy or settings["gradient"] != "exact"
 
     class LinearLogProb:
         @staticmethod
@@ -84,41 +89,28 @@ def make_function(**settings: object) -> type:
         ) -> tuple[Tensor | None, ...]:
             _check_partitioned(weight, bias)
             numbers = {"temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
-            return _token_outputs(hidden, weight, targets, outputs, bias=bias, **numbers, **settings)
+            return _token_outputs(hidden, weight, targets, outputs, metrics_only, bias=bias, **numbers, **settings)
 
     return LinearLogProb
 
 
 def _token_outputs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, outputs: tuple[str, ...], **options: object
+    hidden: Tensor, weight: Tensor, targets: Tensor, outputs: tuple[str, ...], metrics_only: bool, **options: object
 ) -> tuple[Tensor | None, ...]:
-    """(log-prob, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N], None where not in `outputs`; entropy has a gradient."""
+    """(log-prob, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N], None where not in `outputs`. As with TRL the entropy has a
+    gradient, the last three have none; `metrics_only`: the entropy's raises."""
     unknown = sorted(set(outputs) - {"log_probs", *STATS})
     if unknown:
         raise ValueError(f"outputs: expected some of log_probs, {', '.join(STATS)}, got {unknown[0]!r}")
-    wanted = [ours for theirs, ours in STATS.items() if theirs in outputs]
-    tensors = (hidden, weight, options["bias"])
-    routed = options["gradient"] != "exact" and _need_gradient(*tensors)
-    apart = [name for name in wanted if routed and name in UNROUTED]
-    logprob, found = _evaluate(hidden, weight, targets, [name for name in wanted if name not in apart], options)
-    if apart:
-        with torch.no_grad():
-            exact = {**options, "gradient": "exact", "vocab_order": None}
-            found |= _evaluate(hidden, weight, targets, apart, exact)[1]
-    if "entropy" in apart:
-        found["entropy"] = _NoGradient.apply(found["entropy"], logprob)
-    if "mean_logit" in found:
-        found["mean_logit"] = found["mean_logit"].detach()  # as TRL's
-    return logprob.float(), *(_as_float(found.get(name)) for name in STATS.values())
-
-
-def _evaluate(
-    hidden: Tensor, weight: Tensor, targets: Tensor, names: list[str], options: dict[str, object]
-) -> tuple[Tensor, dict[str, Tensor]]:
+    names = [ours for theirs, ours in STATS.items() if theirs in outputs]
     if not names:
-        return linear_logprob(hidden, weight, targets, **options), {}
-    logprob, stats = linear_logprob_stats(hidden, weight, targets, stats=names, **options)
-    return logprob, {name: getattr(stats, name) for name in names}
+        return linear_logprob(hidden, weight, targets, **options).float(), *[None] * len(STATS)
+    detached = [name for name in names if name != "entropy" or metrics_only]
+    logprob, stats = linear_logprob_stats(hidden, weight, targets, stats=names, detached=detached, **options)
+    found = {name: getattr(stats, name) for name in STATS.values()}
+    if metrics_only and found["entropy"] is not None and logprob.requires_grad:
+        found["entropy"] = _NoGradient.apply(found["entropy"], logprob)
+    return logprob.float(), *map(_as_float, found.values())
 
 
 class _NoGradient(torch.autograd.Function):
@@ -131,12 +123,8 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         raise NotImplementedError(
-            "entropy: has no routed gradient; expected patch_trl(gradient='exact') for a loss with an entropy term"
+            "entropy: has no gradient here; expected patch_trl(gradient='exact', detach_entropy=False) for a loss with an entropy term"
         )
-
-
-def _need_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _as_float(value: Tensor | None) -> Tensor | None:

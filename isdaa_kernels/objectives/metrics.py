@@ -4,6 +4,7 @@ Letters: P preference pairs, S completions, G groups. Means, maxima and shares a
 completion. All numbers are fp32, so that one `stack` fetches them; the ending of a name says how items were reduced.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -109,6 +110,21 @@ def group_metrics(batch: GroupLogprob, loss_G: Tensor, nonempty_G: Tensor) -> di
 
 def to_float(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() for name, value in metrics.items()}
+
+
+def statistic_means(stats: Mapping[str, Tensor], present: Tensor | None) -> dict[str, Tensor]:
+    """The mean of each statistic of the vocabulary, by name."""
+    return {f"{name}/mean": mean_of_present(value.double(), present) for name, value in stats.items()}
+
+
+def clip_shares(
+    log_ratio: Tensor, low: float, high: float, present: Tensor | None, advantages: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Shares of the ratios below exp(low) and above exp(high); with advantages, of those whose gradient a clip there takes away."""
+    below, above = log_ratio < low, log_ratio > high
+    if advantages is not None:
+        below, above = below & (advantages < 0), above & (advantages > 0)
+    return mean_of_present(below.double(), present), mean_of_present(above.double(), present)
 
 
 def effective_sample_size(weight_P: Tensor, largest: Tensor) -> Tensor:

@@ -93,8 +93,8 @@ BY_AN_ARGUMENT = {
     "Egida": "`dpo` on 2000 pairs; the work is in the data",
     "More is Less": "`dpo`; the work is in the data",
     "Insights into Alignment": "an evaluation of `dpo`, `ipo`, `kto` and `cpo`",
-    "Scaling laws for over-optimisation": "an analysis of `dpo`, `ipo` and `slic`; their divergence is the metric kl/mean",
-    "Likelihood over-optimisation": "an analysis; its indicators are `linear_logprob_stats`",
+    "Scaling laws for over-optimisation": "an analysis of `dpo`, `ipo` and `slic`; it plots rewards over `monitors.sqrt_kl`",
+    "Likelihood over-optimisation": "an analysis; its indicators are `monitors.vocabulary_means`",
     "From r to Q*": "an analysis: the loss is `dpo`, the reward of a token beta times its log-ratio",
     "Survey of DPO": "a survey",
 }

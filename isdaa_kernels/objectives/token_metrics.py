@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels.objectives.batch import mean_of_present
-from isdaa_kernels.objectives.metrics import effective_sample_size, to_float
+from isdaa_kernels.objectives.metrics import clip_shares, effective_sample_size, statistic_means, to_float
 from isdaa_kernels.objectives.objective import Objective
 from isdaa_kernels.objectives.sampler import TokenWeight
 from isdaa_kernels.objectives.token_batch import LOG_RATIOS, TokenLogprob, bounded_exp, k3
@@ -58,8 +58,8 @@ def token_metrics(
         if high < math.inf:
             # gmpo clips tokens and looks at their mean after
             log_ratio_N = batch.log_ratio if "log_clip" in options else LOG_RATIOS[objective.ratio](batch)
-            metrics["clip/low_frac"] = mean(((log_ratio_N < low) & (batch.advantages < 0)).double())
-            metrics["clip/high_frac"] = mean(((log_ratio_N > high) & (batch.advantages > 0)).double())
+            shares = clip_shares(log_ratio_N, low, high, batch.scored, batch.advantages)
+            metrics["clip/low_frac"], metrics["clip/high_frac"] = shares
     if correction is not None:
         metrics |= {f"correction/{name}": x for name, x in _spread_of(batch, correction.weight, mean).items()}
         metrics["correction/bounded_frac"] = mean(correction.bounded.double())
@@ -74,10 +74,10 @@ def token_metrics(
     if batch.rewards is not None:
         reward_S = batch.completions.sum(batch.rewards) / lengths_S.clamp(min=1)
         metrics["reward/mean"] = mean_of_present(reward_S, lengths_S > 0)
-    for name in STATS:
-        value = getattr(stats, name, None)
-        if value is not None:
-            metrics[f"{name}/mean"] = mean(value.reshape(-1).double())
+    found = {name: getattr(stats, name, None) for name in STATS}
+    metrics |= statistic_means(
+        {name: value.reshape(-1) for name, value in found.items() if value is not None}, batch.scored
+    )
     metrics |= {"tokens/count": batch.scored.sum(), "empty_completions/count": (lengths_S == 0).sum()}
     return to_float(metrics)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from isdaa_kernels.dispatch import Problem, select_backend
 from isdaa_kernels.lm_head import Transform
-from isdaa_kernels.ops.common import names_of, no_second_derivative, save_numbers
+from isdaa_kernels.ops.common import names_of, no_second_derivative, request_of, save_numbers
 from isdaa_kernels.routing import Routed
-from isdaa_kernels.stats import StatsRequest, TokenGradient
+from isdaa_kernels.stats import TokenGradient
 
 
 def _problem(
@@ -52,13 +52,15 @@ def linear_logprob_forward(
     order: Tensor | None = None,
     routed: Sequence[float] | None = None,
     hidden_in_forward: bool = False,
+    detached: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob [N], stats [S, N], lse fp64 [N], kept [K, V]). `keep`: which of hidden, weight will need a gradient; none keeps nothing.
+    """(logprob [N], stats [S, N], lse fp64 [N], kept [K, V]). The rows of `stats` come first, then those of `detached`, which the backward
+    does not know of. `keep`: which of hidden, weight will need a gradient; none keeps nothing.
     Routed (`Routed.pack`), `kept` is the log-sum-exps of the blocks [B, N], on triton less those of the tokens; where the forward
     prepares d_hidden, what it prepared, for the scored tokens [max_scored, D]."""
     problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed, hidden_in_forward)
     transform = Transform(bias, logit_scale, softcap, constant_temperature, temperature, order)
-    request = StatsRequest(names_of(stats), top_k)
+    request = request_of(stats, detached, top_k)
     with torch.autocast(hidden.device.type, enabled=False):  # the inputs are cast already; the arithmetic stays fp32
         return select_backend(problem, backend).forward(
             problem, hidden, weight, targets, transform, ignore_index, request
@@ -67,7 +69,7 @@ def linear_logprob_forward(
 
 @linear_logprob_forward.register_fake
 def _(hidden, weight, targets, bias, temperature, constant_temperature, logit_scale, softcap, ignore_index, max_scored,
-      max_workspace_mb, keep, stats, top_k, backend, order=None, routed=None, hidden_in_forward=False):  # fmt: skip
+      max_workspace_mb, keep, stats, top_k, backend, order=None, routed=None, hidden_in_forward=False, detached=""):  # fmt: skip
     problem = _problem(hidden, weight, max_scored, any(keep), max_workspace_mb, *keep, routed, hidden_in_forward)
     dtype, N, kept = problem.compute_dtype, hidden.shape[0], (0, weight.shape[0])
     if problem.routed is not None:
@@ -77,7 +79,7 @@ def _(hidden, weight, targets, bias, temperature, constant_temperature, logit_sc
         kept = (max_scored, hidden.shape[1]) if plan.hidden_in_forward else (plan.kept_tokens, weight.shape[0])
     return (
         hidden.new_empty(N, dtype=dtype),
-        hidden.new_empty(len(names_of(stats)), N, dtype=dtype),
+        hidden.new_empty(len(request_of(stats, detached, top_k).names), N, dtype=dtype),
         hidden.new_empty(N, dtype=torch.float64),
         hidden.new_empty(kept, dtype=dtype),
     )
@@ -109,7 +111,8 @@ def linear_logprob_backward(
     routed: Sequence[float] | None = None,
     hidden_in_forward: bool = False,
 ) -> list[Tensor]:
-    """[d_hidden, d_weight, d_bias], an empty tensor where `need` says no. Not both of grad [N] and grad_stats [S, N] are None."""
+    """[d_hidden, d_weight, d_bias], an empty tensor where `need` says no. Not both of grad [N] and grad_stats [S, N] are None; rows of
+    grad_stats behind those of `stats` are not read."""
     problem = _problem(
         hidden, weight, max_scored, kept.shape[0] > 0, max_workspace_mb, *need[:2], routed, hidden_in_forward
     )
@@ -137,7 +140,7 @@ def _(grad, grad_stats, hidden, weight, targets, bias, temperature, logprob, sta
 def _save(ctx, inputs, output) -> None:
     (hidden, weight, targets, bias, temperature, ctx.constant_temperature, ctx.logit_scale, ctx.softcap,
      ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, _, ctx.stats, _, ctx.backend, order, ctx.routed,
-     ctx.hidden_in_forward) = inputs  # fmt: skip
+     ctx.hidden_in_forward, _) = inputs  # fmt: skip
     saved = save_numbers(ctx, *output)
     ctx.save_for_backward(hidden, weight, targets, bias, temperature, order, *saved)
 
@@ -146,14 +149,14 @@ def _backward(ctx, grad_logprob, grad_stats, _grad_lse, _grad_kept):
     hidden, weight, targets, bias, temperature, order, logprob, stats_values, lse, kept = ctx.saved_tensors
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if grad_logprob is None and grad_stats is None:
-        return (None,) * 18
+        return (None,) * 19
     d_hidden, d_weight, d_bias = linear_logprob_backward(
         grad_logprob, grad_stats, hidden, weight, targets, bias, temperature, logprob, stats_values, lse, kept,
         ctx.constant_temperature, ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.max_scored, ctx.max_workspace_mb, need,
         ctx.stats, ctx.backend, order, ctx.routed, ctx.hidden_in_forward,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (d if n else None for d, n in zip((d_hidden, d_weight, d_bias), need, strict=True))
-    return d_hidden, d_weight, None, d_bias, *[None] * 14
+    return d_hidden, d_weight, None, d_bias, *[None] * 15
 
 
 linear_logprob_forward.register_autograd(_backward, setup_context=_save)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from isdaa_kernels.dispatch import Problem, device_arch, select_backend
 from isdaa_kernels.lm_head import Transform
-from isdaa_kernels.ops.common import SECOND, names_of, no_second_derivative, save_numbers
-from isdaa_kernels.stats import StatsRequest, TokenGradient
+from isdaa_kernels.ops.common import SECOND, names_of, no_second_derivative, request_of, save_numbers
+from isdaa_kernels.stats import TokenGradient
 from isdaa_kernels.targets import raise_bad_targets
 
 
@@ -54,12 +54,14 @@ def logprob_from_logits_forward(
     stats: str,
     top_k: int,
     backend: str | None,
+    detached: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob [N], stats [S, N], lse fp64 [N]) of logits [..., V] and targets [N]. `overwrite`: the backward may use their memory."""
+    """(logprob [N], stats [S, N], lse fp64 [N]) of logits [..., V] and targets [N]. `overwrite`: the backward may use their memory.
+    `detached`: further rows of the statistics, which the backward does not know of."""
     module = select_backend(_logits_problem(logits), backend)
     if targets.device.type == "cpu":  # here, since a backend may see a part of the tokens and would tell another index
         raise_bad_targets(targets, logits.shape[-1], ignore_index)
-    request = StatsRequest(names_of(stats), top_k)
+    request = request_of(stats, detached, top_k)
     with torch.autocast(logits.device.type, enabled=False):
         parts = [
             module.forward_logits(problem, matrix, targets_n, transform, ignore_index, request)
@@ -83,11 +85,12 @@ def _(
     stats,
     top_k,
     backend,
+    detached="",
 ):
     dtype, N = torch.promote_types(logits.dtype, torch.float32), targets.shape[0]
     return (
         logits.new_empty(N, dtype=dtype),
-        logits.new_empty(len(names_of(stats)), N, dtype=dtype),
+        logits.new_empty(len(request_of(stats, detached, top_k).names), N, dtype=dtype),
         logits.new_empty(N, dtype=torch.float64),
     )
 
@@ -167,7 +170,7 @@ def _(grad, grad_stats, logits, targets, temperature, logprob, stats_values, lse
 
 def _save_logits(ctx, inputs, output) -> None:
     (logits, targets, temperature, ctx.constant_temperature, ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.overwrite,
-     ctx.stats, _, ctx.backend) = inputs  # fmt: skip
+     ctx.stats, _, ctx.backend, _) = inputs  # fmt: skip
     saved = save_numbers(ctx, *output)
     ctx.save_for_backward(logits, targets, temperature, *saved)
 
@@ -179,16 +182,16 @@ def _name_of_logits(stats: str) -> str:
 def _backward_logits(ctx, grad_logprob, grad_stats, _grad_lse):
     logits, targets, temperature, logprob, stats_values, lse = ctx.saved_tensors
     if (grad_logprob is None and grad_stats is None) or not ctx.needs_input_grad[0]:
-        return (None,) * 11
-    args = (grad_logprob, grad_stats, logits, targets, temperature, logprob, stats_values, lse, ctx.constant_temperature,
-            ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.stats, ctx.backend)  # fmt: skip
+        return (None,) * 12
+    args = (grad_logprob, grad_stats, logits, targets, temperature, logprob, stats_values, lse,
+            ctx.constant_temperature, ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.stats, ctx.backend)  # fmt: skip
     if not ctx.overwrite:
-        return logprob_from_logits_backward(*args), *[None] * 10
+        return logprob_from_logits_backward(*args), *[None] * 11
     if torch.is_grad_enabled():  # create_graph=True: later there are no logits left to differentiate at
         raise RuntimeError(SECOND.format(_name_of_logits(ctx.stats) + " with overwrite_logits=True"))
     # The write raises the version of the saved logits, so that autograd refuses a second backward, and that of others who saved them.
     logprob_from_logits_backward_(*args)
-    return logits.detach(), *[None] * 10
+    return logits.detach(), *[None] * 11
 
 
 def _save_name_of_logits(ctx, inputs, output) -> None:

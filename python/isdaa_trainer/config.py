@@ -115,6 +115,14 @@ class Config:
     keep_checkpoints: int = setting("run", "how many of the newest checkpoints to keep", 1, at_least=1)
     backend: str | None = setting("run", "backend of the kernels; none: the best for the device", None)
     max_workspace_mb: float | None = setting("run", "memory of the kernels, in MiB; none: their default", None, above=0)
+    monitor_top_k: int | None = setting(
+        "run",
+        "write the mass of the K likeliest next tokens and the entropy over them, means over the scored tokens of a step; "
+        "on a GPU costs a forward of the head; none: not",
+        None,
+        at_least=1,
+        at_most=64,
+    )
     gradient: Literal["exact", "routed"] = setting(
         "run", "of the head; routed: only where the probability is, with a bound on what is left out", "exact"
     )

@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from isdaa_kernels import BatchState, PreferenceLoss, linear_logprob, preference_loss, sequence_logprob
+from isdaa_kernels import (
+    BatchState,
+    PreferenceLoss,
+    linear_logprob,
+    linear_logprob_stats,
+    monitors,
+    preference_loss,
+    sequence_logprob,
+)
 from isdaa_trainer.config import Config
-from isdaa_trainer.data import MicroBatch, Pair, micro_batches, pack
+from isdaa_trainer.data import IGNORED, MicroBatch, Pair, micro_batches, pack
 from isdaa_trainer.model import Policy
 from isdaa_trainer.routing import Routing
 
@@ -28,7 +36,7 @@ def train_step(
     routing: Routing | None = None,
     state: BatchState | None = None,
 ) -> dict[str, float]:
-    """Moves the policy by one step on `pairs`; returns the metrics of `preference_loss`, grad_norm and tokens.
+    """Moves the policy by one step on `pairs`; returns the metrics of `preference_loss`, the monitors, grad_norm and tokens.
 
     reference: [len(pairs), 2] float64 log-probs of (chosen, rejected) under the reference policy. routing: what earlier
     steps left for this one where gradients are routed, and takes from it for the next; None: nothing. state: what the
@@ -36,16 +44,17 @@ def train_step(
     Raises NonFiniteError, naming the step and the pairs, before the optimizer sees a non-finite loss or gradient.
     """
     routing = Routing(config) if routing is None else routing
-    parts, gradients = [], []
+    parts, vocabulary, gradients = [], [], []
     for batch in micro_batches(pairs, config.max_tokens_per_micro_batch, reference):
         # The sum over the micro-batches is divided by the pairs of the step, so that how they are cut does not matter.
         batch = batch.to(policy.device)
-        logprob_S = sequence_sums(policy, batch, config, routing)
+        logprob_S, means = monitored_sums(policy, batch, config, routing, config.monitor_top_k)
         logprob_S.retain_grad()
         loss, metrics = pair_loss(logprob_S, batch, config, denominator=len(pairs), state=state)
         loss.backward()
         gradients.append((logprob_S.grad, batch.lengths))
-        parts.append((len(batch.pairs), loss.detach(), metrics))
+        parts.append((len(batch.pairs), loss.detach(), metrics | pair_monitors(logprob_S, batch, config)))
+        vocabulary.append((batch.num_scored, means))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm or math.inf)
     for name, value in (("loss", sum(loss for _, loss, _ in parts)), ("gradient", grad_norm)):
@@ -56,19 +65,42 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     routing.follow(gradients)
-    metrics = merge_metrics([(size, metrics) for size, _, metrics in parts])
+    metrics = merge_metrics([(size, metrics) for size, _, metrics in parts]) | merge(vocabulary)
     return metrics | {"grad_norm": grad_norm.item(), "tokens": sum(pair.num_tokens for pair in pairs)}
 
 
 def sequence_sums(policy: Policy, batch: MicroBatch, config: Config, routing: Routing) -> torch.Tensor:
     """Log-prob of each completion of a micro-batch, float64 [S]: hidden states -> log-probs, without logits."""
+    return monitored_sums(policy, batch, config, routing, top_k=None)[0]
+
+
+def monitored_sums(
+    policy: Policy, batch: MicroBatch, config: Config, routing: Routing, top_k: int | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`sequence_sums`, and of the top_k likeliest tokens the means over the scored tokens, from the same pass; none without top_k."""
     hidden_ND = policy.hidden_states(batch.input_ids, batch.position_ids)
     head = policy.head()
     transforms = {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
     settings = {"max_scored": batch.num_scored, **config.kernel_settings(), **routing.kernel_settings()}
     with policy.autocast():
-        logprob_N = linear_logprob(hidden_ND, head.weight, batch.targets, **transforms, **settings)
-    return sequence_logprob(logprob_N, batch.cu_seqlens)
+        if top_k is None:
+            logprob_N, means = linear_logprob(hidden_ND, head.weight, batch.targets, **transforms, **settings), {}
+        else:
+            settings |= {"stats": ("top_k_mass", "top_k_entropy"), "top_k": top_k}
+            logprob_N, stats = linear_logprob_stats(hidden_ND, head.weight, batch.targets, **transforms, **settings)
+            means = monitors.vocabulary_means(stats, batch.targets != IGNORED)
+    return sequence_logprob(logprob_N, batch.cu_seqlens), means
+
+
+def pair_monitors(logprob_S: torch.Tensor, batch: MicroBatch, config: Config) -> dict[str, torch.Tensor]:
+    """What `preference_loss` does not report of a micro-batch, on its device: kl/sqrt, and weight/floored_frac where there is a floor."""
+    found = {"kl/sqrt": monitors.sqrt_kl(logprob_S, batch.reference)}
+    if config.importance_floor is not None:
+        behaviour_S = batch.reference if batch.behaviour is None else batch.behaviour
+        importance = config.importance_weight()
+        shares = monitors.importance_fractions(logprob_S, behaviour_S, importance, lengths=batch.lengths)
+        found["weight/floored_frac"] = shares["weight/floored_frac"]
+    return found
 
 
 def pair_loss(
@@ -110,12 +142,14 @@ def evaluate(
     config: Config,
     state: BatchState | None = None,
 ) -> dict[str, float]:
-    """Metrics of `preference_loss` over all `pairs` at once, and how often the chosen answer is the likelier one.
+    """Metrics of `preference_loss` and `pair_monitors` over all `pairs` at once, and how often the chosen answer is the likelier one.
 
     logprob, reference: [len(pairs), 2] float64, under the policy and under the reference policy. A tie counts one half.
     """
+    logprob_S, batch = logprob.T.flatten(), pack(pairs, reference)
     with unmoved(state):
-        _, metrics = pair_loss(logprob.T.flatten(), pack(pairs, reference), config, denominator=None, state=state)
+        _, metrics = pair_loss(logprob_S, batch, config, denominator=None, state=state)
+    metrics |= pair_monitors(logprob_S, batch, config)
     likelier, margin = logprob[:, 0] - logprob[:, 1], (logprob - reference)[:, 0] - (logprob - reference)[:, 1]
     return to_numbers(metrics) | {
         "accuracy/tied_frac": share_positive(margin),
@@ -143,23 +177,31 @@ def share_positive(difference: torch.Tensor) -> float:
 
 
 def to_numbers(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    if not metrics:
+        return {}
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # one copy from the device
 
 
 def merge_metrics(parts: list[tuple[int, dict[str, torch.Tensor]]]) -> dict[str, float]:
     """The metrics of a step from (number of pairs, metrics) of its micro-batches; the ending of a name says how."""
-    sizes = [size for size, _ in parts]
-    numbers = [to_numbers(metrics) for _, metrics in parts]
-    merged = {}
-    for name in numbers[0]:
-        values = [part[name] for part in numbers]
-        merged[name] = REDUCTIONS[name.rsplit("/")[-1].rsplit("_")[-1]](values, sizes)
+    sizes, numbers = [size for size, _ in parts], [to_numbers(metrics) for _, metrics in parts]
+    merged = merge_numbers(sizes, numbers)
     sums = [part["weight/mean"] * size for part, size in zip(numbers, sizes, strict=True)]
     squares = [
         total**2 / part["weight/ess"] for part, total in zip(numbers, sums, strict=True) if part["weight/ess"] > 0
     ]
     merged["weight/ess"] = sum(sums) ** 2 / sum(squares) if squares and sum(squares) > 0 else 0.0
     return merged
+
+
+def merge(parts: list[tuple[int, dict[str, torch.Tensor]]]) -> dict[str, float]:
+    """The same of metrics that are means over other things than pairs: (how many of them, metrics) of the micro-batches."""
+    return merge_numbers([size for size, _ in parts], [to_numbers(metrics) for _, metrics in parts])
+
+
+def merge_numbers(sizes: list[int], numbers: list[dict[str, float]]) -> dict[str, float]:
+    reduce = {name: REDUCTIONS[name.rsplit("/")[-1].rsplit("_")[-1]] for name in numbers[0]}
+    return {name: reduce[name]([part[name] for part in numbers], sizes) for name in reduce}
 
 
 def weighted_mean(values: list[float], sizes: list[int]) -> float:
@@ -169,6 +211,7 @@ def weighted_mean(values: list[float], sizes: list[int]) -> float:
 REDUCTIONS: dict[str, Any] = {
     "mean": weighted_mean,
     "frac": weighted_mean,
+    "sqrt": lambda values, sizes: math.sqrt(weighted_mean([value**2 for value in values], sizes)),
     "max": lambda values, sizes: max(values),
     "count": lambda values, sizes: sum(values),
     "ess": lambda values, sizes: 0.0,  # not a mean of its parts: merged from their sums and squares
