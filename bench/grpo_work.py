@@ -81,7 +81,9 @@ def make_work(states: States, padding: float = 0.0, seed: int = 0) -> Work:
             linear_logprob(hidden_ND, problem.weight_VD, targets_N)
             for hidden_ND in (problem.hidden_ND, problem.reference_hidden_ND)
         )
-    old_N = policy_N + DRIFT * torch.randn(policy_N.shape, generator=generator)
+    # also the reference drifts: numbers that are given are not those that a step makes of its states, so that no contender is taken
+    # for having made them
+    old_N, reference_N = (x + DRIFT * torch.randn(x.shape, generator=generator) for x in (policy_N, reference_N))
     return Work(
         **{**vars(problem), "targets_N": targets_N},
         old_N=old_N,

@@ -5,7 +5,6 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-import torch
 
 from bench import grpo
 from bench.grpo import Job, Settings, judge, main, measure_memory, run_job, run_suite, why_missing
@@ -32,7 +31,7 @@ def test_the_work(work):
     assert lengths.tolist() == [24, 14]
     assert (work.targets_N[~work.scored] == IGNORED).all()
     exact_N = dense_logprob(work.reference_hidden_ND, work.weight_VD, work.targets_N)
-    torch.testing.assert_close(work.reference_N[work.scored], exact_N[work.scored], rtol=1e-5, atol=1e-5)
+    assert 0.01 < (work.reference_N - exact_N)[work.scored].abs().mean() < 0.3
     policy_N = dense_logprob(work.hidden_ND, work.weight_VD, work.targets_N)
     clipped = ((policy_N - work.old_N).exp() - 1).abs()[work.scored] > 0.2
     assert 0 < clipped.sum() < work.scored.sum() / 2
