@@ -19,9 +19,10 @@ from isdaa_kernels.routing import choose_routes
 NATURAL, OWN, OTHER = "natural", "vocab", "vocab, other text"  # orders of the vocabulary
 RANDOM, PREFERENCE = "random", "is_dpo"  # upstream coefficients
 SEQUENCES = 8  # with one random coefficient each
-TOLERANCES = (1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 1e-2)
+TOLERANCES = (1e-4, 3e-4, Routed().tolerance, 1e-3, 3e-3, 1e-2)
 ROW_SHARES = (0.0, 0.7)  # beside the default
 BLOCKS = (64, 256)  # beside the default
+COARSE = Routed(4.2e-3, row_share=0.0)  # errors of at most 1e-2 on both texts
 CHUNK = 256  # tokens
 
 
@@ -53,6 +54,7 @@ def all_cases(has_other: bool) -> list[Case]:
     cases = [Case(Routed(tolerance), order) for order in (NATURAL, OWN) for tolerance in TOLERANCES]
     cases += [Case(Routed(row_share=share), OWN) for share in ROW_SHARES]
     cases += [Case(Routed(block=block), OWN) for block in BLOCKS]
+    cases.append(Case(COARSE, OWN))
     return cases + ([Case(Routed(), OTHER)] if has_other else [])
 
 

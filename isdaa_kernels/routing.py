@@ -45,10 +45,10 @@ class Routed:
     Raises ValueError for values outside these ranges.
     """
 
-    tolerance: float = 6e-4
+    tolerance: float = 5e-4
     scale: float | None = None
     block: int = 128
-    row_share: float = 0.9
+    row_share: float = 0.87
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < float("inf"):

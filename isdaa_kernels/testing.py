@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isdaa_kernels import ops
 from isdaa_kernels.backends.cpu import products
+from isdaa_kernels.backends.cpu.routed_kernels import RoutedKernels
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.stats import DIFFERENTIABLE, STATS, VocabStats
 
@@ -239,7 +240,7 @@ class FlopCounter(TorchDispatchMode):
         self.watches: list = []  # of the nested entries of this mode
 
     def __enter__(self):
-        self.watches.append(_watched_products(self._count_product) if not self.watches else nullcontext())
+        self.watches.append(_watched_products(count=self._count) if not self.watches else nullcontext())
         self.watches[-1].__enter__()
         return super().__enter__()
 
@@ -247,8 +248,8 @@ class FlopCounter(TorchDispatchMode):
         self.watches.pop().__exit__(*error)
         return super().__exit__(*error)
 
-    def _count_product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        self.flop += 2 * left.numel() * out.shape[1]
+    def _count(self, flop: int) -> None:
+        self.flop += flop
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _OPERATORS:
@@ -287,21 +288,34 @@ def denormal_numbers_in_products() -> Iterator[list[bool]]:
             size = tensor.abs()
             seen.append(bool(((size > 0) & (size < torch.finfo(torch.float32).smallest_normal)).any()))
 
-    with _watched_products(look):
+    with _watched_products(look=look):
         yield seen
 
 
 @contextmanager
-def _watched_products(see) -> Iterator[None]:
-    """Within the block `see(left, right, out)` is called after each product of the CPU backend, with the rows and panels that took part."""
-    plain = products.multiply
+def _watched_products(count=lambda flop: None, look=lambda *tensors: None) -> Iterator[None]:
+    """Within the block, after each product of the CPU backend: `count(flop)` and `look(*tensors)` at its factors and result. Of a routed
+    block `look` sees the gradient of the logits of its last piece of tokens."""
+    multiply, block_gradient = products.multiply, RoutedKernels.block_gradient
 
-    def multiply(left, panels, out, *, left_rows=None, out_rows=None, **options):
-        plain(left, panels, out, left_rows=left_rows, out_rows=out_rows, **options)
+    def watched_multiply(left, panels, out, *, left_rows=None, out_rows=None, **options):
+        multiply(left, panels, out, left_rows=left_rows, out_rows=out_rows, **options)
         factor = left if left_rows is None else left[left_rows]
-        result = out if out_rows is None else out[out_rows]
-        see(factor, panels.used(), result)
+        look(factor, panels.used(), out if out_rows is None else out[out_rows])
+        if factor.numel() > panels.K:  # more than one row
+            count(2 * factor.numel() * panels.J)
         return out
 
-    with mock.patch.object(products, "multiply", multiply):
+    def watched_block(self, routes, b, C, hidden_ND, row_N, weight, scratch, d_hidden_ND, d_CD, need_bias):
+        block_gradient(self, routes, b, C, hidden_ND, row_N, weight, scratch, d_hidden_ND, d_CD, need_bias)
+        tokens, piece = routes.weight_counts[b], len(scratch.product_TC)
+        last = tokens - max(tokens - 1, 0) // piece * piece
+        look(scratch.product_TC.view(-1)[: last * C], *(d for d in (d_hidden_ND, d_CD) if d is not None))
+        pairs = tokens + (d_CD is not None) * tokens + (d_hidden_ND is not None) * routes.hidden_counts[b]
+        count(2 * pairs * C * hidden_ND.shape[1])
+
+    with (
+        mock.patch.object(products, "multiply", watched_multiply),
+        mock.patch.object(RoutedKernels, "block_gradient", watched_block),
+    ):
         yield

@@ -6,11 +6,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 import trl.kernels
+import trl.kernels.chunked_divergence as chunked_divergence
 import trl.kernels.chunked_logprob as chunked_logprob
+import trl.trainer.distillation_trainer as distillation_trainer
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from trainer_fixtures import make_model
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     GRPOConfig,
     GRPOTrainer,
     KTOConfig,
@@ -24,7 +28,7 @@ from trl_fixtures import make_folder, make_pairs, train
 
 from isdaa_kernels import NoBackend, Routed, make_vocab_order, ops
 from isdaa_kernels.integrations import patching
-from isdaa_kernels.integrations.trl import make_function, patch_trl
+from isdaa_kernels.integrations.trl import make_divergence, make_function, patch_trl
 from isdaa_kernels.testing import FlopCounter
 
 ORIGINAL = chunked_logprob.ChunkedLogProbFunction
@@ -224,6 +228,9 @@ def names_held():
         chunked_logprob.ChunkedLogProbFunction,
         trl_utils._ChunkedLogProbFunction,
         trl_utils._use_triton,
+        chunked_divergence.ChunkedDivergenceFunction,
+        distillation_trainer.ChunkedDivergenceFunction,
+        distillation_trainer._use_triton,
     ]
 
 
@@ -236,6 +243,9 @@ def test_undo_restores_every_name():
     with patch_trl():
         pass
     assert names_held() == before
+    with patch_trl(distillation=False):
+        assert names_held()[4:] == before[4:]
+        assert all(now is not then for now, then in zip(names_held()[:4], before, strict=False))
 
 
 def test_a_second_patch_raises_and_the_first_stays():
@@ -375,6 +385,154 @@ def reward(completions, **kwargs):
     return [float(sum(map(ord, text)) % 7) for text in completions]
 
 
+DIVERGENCE = chunked_divergence.ChunkedDivergenceFunction
+EXACT = {"gradient": "exact", "vocab_order": None, "max_workspace_mb": None, "backend": None}
+
+
+def two_heads(N, bias=False, E=24, dtype=torch.float32):
+    """(student's hidden, weight, bias, teacher's) of different hidden sizes."""
+    hidden, weight, bias_V, _ = tensors(N, dtype, bias)
+    generator = torch.Generator().manual_seed(1)
+    other = torch.randn(N, E, generator=generator).to(dtype), (0.3 * torch.randn(V, E, generator=generator)).to(dtype)
+    return hidden, weight, bias_V, *other, None if bias_V is None else bias_V.flip(0)
+
+
+def run_divergence(function, inputs, *numbers, needs=(True, True, True)):
+    """(divergence, entropy, the student's gradients)."""
+    leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs[:3], needs, strict=True)]
+    teacher = [None if x is None else x.detach().requires_grad_() for x in inputs[3:]]
+    divergence, entropy = function.apply(*leaves, *teacher, *numbers)
+    assert not entropy.requires_grad
+    if divergence.requires_grad:
+        (torch.linspace(-1, 2, len(divergence)) * divergence).sum().backward()
+    assert not any(x is not None and x.grad is not None for x in teacher)
+    return divergence, entropy, [None if x is None else x.grad for x in leaves]
+
+
+# (beta, temperature, scale and softcap of the student and of the teacher): both ends and between, plain and with each transform
+@pytest.mark.parametrize("transforms", [(1.0,), (0.7, 0.25, None, 2.0, 4.0), (1.3, 2.0, 5.0, 0.5, None)])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_divergences_and_gradients_are_trls(beta, bias, transforms):
+    inputs = two_heads(37, bias)
+    expected, found = (run_divergence(f, inputs, beta, *transforms) for f in (DIVERGENCE, make_divergence(**EXACT)))
+    assert found[0].min() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_divergences_of_strided_inputs_with_partial_gradients():
+    inputs = list(two_heads(23, bias=True))
+    for i in (1, 4):
+        inputs[i] = inputs[i].T.contiguous().T
+    for i in (0, 3):
+        inputs[i] = torch.stack([inputs[i]] * 2, -1)[..., 0]
+    for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
+        expected, found = (run_divergence(f, inputs, 0.5, needs=needs) for f in (DIVERGENCE, make_divergence(**EXACT)))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_divergences_of_16_bit_inputs(autocast):
+    inputs = two_heads(64, dtype=torch.float32 if autocast else torch.bfloat16)
+    exact = [None if x is None else x.bfloat16().double() for x in inputs]
+    truth = run_divergence(make_divergence(**EXACT | {"backend": "reference"}), exact, 0.5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        theirs, found = (run_divergence(f, inputs, 0.5) for f in (DIVERGENCE, make_divergence(**EXACT)))
+    assert found[0].dtype == found[1].dtype == torch.float32
+    torch.testing.assert_close(found[:2], truth[:2], rtol=1e-5, atol=1e-6, check_dtype=False)
+    for grad, their_grad, true in zip(found[2][:2], theirs[2][:2], truth[2][:2], strict=True):
+        assert grad.dtype == their_grad.dtype
+        # autocast's own cast of the inputs rounds the gradient that goes back through it
+        bound = 2**-8 * true.norm() if autocast else (their_grad - true).norm()
+        assert (grad - true).norm() <= bound
+
+
+def test_a_divergence_of_no_token():
+    divergence, _, grads = run_divergence(make_divergence(**EXACT), two_heads(0), 0.5)
+    assert divergence.shape == (0,)
+    assert not grads[1].any()
+
+
+def test_what_a_divergence_refuses():
+    inputs, routed = two_heads(5), make_divergence(**EXACT | {"gradient": Routed()})
+    with pytest.raises(NotImplementedError, match="gradient: a divergence has no routed one"):
+        run_divergence(routed, inputs, 0.5)
+    expected, found = (run_divergence(f, inputs, 0.5, needs=(False,) * 3) for f in (DIVERGENCE, routed))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+    for settings, message in (
+        ({"gradient": "fast"}, "gradient"),
+        ({"vocab_order": make_vocab_order(inputs[1], inputs[0], 32)}, "vocab_order"),
+        ({"backend": "abacus"}, "abacus"),
+        ({"max_workspace_mb": -1.0}, "max_workspace_mb"),
+    ):
+        with pytest.raises((ValueError, NotImplementedError, NoBackend), match=message):
+            run_divergence(make_divergence(**EXACT | settings), inputs, 0.5)
+    with pytest.raises(ValueError, match="jsd_weight"):
+        run_divergence(make_divergence(**EXACT), inputs, 1.5)
+    inputs[4].ds_id = 0
+    with pytest.raises(NotImplementedError, match="weight: DeepSpeed ZeRO-3"):
+        make_divergence(**EXACT).apply(*inputs, 0.5)
+
+
+def make_distillation(tmp_path, name, **settings):
+    """A run of DistillationTrainer, which makes its own completions, with a teacher that is wider than the student."""
+    settings = {"max_completion_length": 8, "per_device_train_batch_size": 4, **settings}
+    return train(
+        tmp_path / name,
+        make_folder(tmp_path),
+        DistillationTrainer,
+        DistillationConfig,
+        prompts_only(make_pairs()),
+        teacher_model=make_model(vocab_size=300, hidden_size=48, seed=5),
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_distillation(tmp_path, beta):
+    settings = {"beta": beta, "temperature": 0.8, "eval_dataset": prompts_only(make_pairs(4, seed=1))}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 2}
+    _, expected = make_distillation(tmp_path, "theirs", **settings)
+    with patch_trl():
+        _, found = make_distillation(tmp_path, "ours", **settings)
+    assert_same_run(expected, found, 2e-5)
+    assert found[0]["loss"] > 0.01
+    assert found[0]["loss"] != found[1]["loss"]
+    assert any(step.get("grad_norm", 0) > 0 for step in found)
+
+
+def test_distillation_projects_only_completions(tmp_path, monkeypatch):
+    trainer, _ = make_distillation(tmp_path, "run", max_steps=1)
+    counts = []
+    with patch_trl():
+        function = distillation_trainer.ChunkedDivergenceFunction
+        apply = function.apply
+        monkeypatch.setattr(function, "apply", lambda hidden, *rest: counts.append(len(hidden)) or apply(hidden, *rest))
+        mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+        hidden, weight, _, other, other_weight, _ = two_heads(8)
+        results = [
+            distillation_trainer._chunked_divergence_loss(
+                hidden.view(2, 4, -1), other.view(2, 4, -1), weight, other_weight, mask, 0.5
+            )
+        ]
+        trainer.evaluate(prompts_only(make_pairs(2)))  # a trainer made before the patch
+    results.append(
+        distillation_trainer._chunked_divergence_loss(
+            hidden.view(2, 4, -1), other.view(2, 4, -1), weight, other_weight, mask, 0.5
+        )
+    )
+    assert counts[0] == 5
+    assert len(counts) > 1
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_distillation_cannot_be_routed(tmp_path):
+    with patch_trl(gradient=Routed()), pytest.raises(NotImplementedError, match="gradient: a divergence has no routed"):
+        make_distillation(tmp_path, "run", max_steps=1)
+    with patch_trl(gradient=Routed(), distillation=False):
+        make_distillation(tmp_path, "theirs", max_steps=1)
+
+
 ONLINE = {
     "reward_funcs": reward,
     "num_generations": 2,
@@ -400,6 +558,41 @@ def test_other_trainers(tmp_path, trainer, config, data, settings):
         _, found = train(tmp_path / "ours", model, trainer, config, data, **settings)
     assert_same_run(expected, found, 2e-5)
     assert any(step.get("grad_norm", 0) > 0 for step in found)
+
+
+# Two steps on each batch of completions, so that ratios are not 1: the loss types, the ratio of completions, masks of tokens by entropy.
+@pytest.mark.parametrize(
+    ("trainer", "config", "settings"),
+    [
+        (GRPOTrainer, GRPOConfig, {"loss_type": "dapo", "top_entropy_quantile": 0.5}),
+        (GRPOTrainer, GRPOConfig, {"loss_type": "grpo", "importance_sampling_level": "sequence", "delta": 1.1}),
+        (GRPOTrainer, GRPOConfig, {"loss_type": "cispo", "temperature": 0.7, "use_bias_correction_kl": True}),
+        (RLOOTrainer, RLOOConfig, {"gradient_accumulation_steps": 2, "learning_rate": 3e-4}),
+    ],
+)
+def test_online_trainers_for_8_steps(tmp_path, trainer, config, settings):
+    model, data = make_folder(tmp_path), prompts_only(make_pairs())
+    settings = {**ONLINE, "max_steps": 8, "num_iterations": 2, "learning_rate": 3e-3, **settings}
+    _, expected = train(tmp_path / "theirs", model, trainer, config, data, **settings)
+    with patch_trl():
+        _, found = train(tmp_path / "ours", model, trainer, config, data, **settings)
+    assert_same_run(expected, found, 1e-4)
+    assert len({step["loss"] for step in found if "loss" in step}) > 4
+    assert sum(step.get("grad_norm", 0) > 0 for step in found) > 5
+    assert max(step.get("kl", 0) for step in found) > 0
+
+
+def test_grpo_asks_the_head_for_policy_old_policy_and_reference(tmp_path, monkeypatch):
+    calls = []
+    with patch_trl():
+        function = trl_utils._ChunkedLogProbFunction
+        apply = function.apply
+        monkeypatch.setattr(function, "apply", lambda *inputs: calls.append(inputs[-1]) or apply(*inputs))
+        settings = {**ONLINE, "max_steps": 2, "num_iterations": 2}
+        train(tmp_path / "run", make_folder(tmp_path), GRPOTrainer, GRPOConfig, prompts_only(make_pairs()), **settings)
+    # old policy and reference once, then the policy in each of two steps
+    policy = ("log_probs", "entropy")
+    assert calls == [policy, ("log_probs",), policy, policy]
 
 
 def test_dpo_with_routed_gradients(tmp_path):

@@ -61,7 +61,7 @@ def train(
     """(the trainer after its run, what it logged). Settings that no configuration has go to the trainer."""
     of_trainer = {
         name: settings.pop(name)
-        for name in ("ref_model", "peft_config", "eval_dataset", "reward_funcs")
+        for name in ("ref_model", "teacher_model", "peft_config", "eval_dataset", "reward_funcs")
         if name in settings
     }
     losses = Losses()

@@ -5,7 +5,9 @@ cross_entropy.py       what drop-in cross entropies share
 trl.py                 the fused LM head of TRL's trainers
 trl_trainer.py         TRL's DPOTrainer with the objectives of this package
 transformers.py        the loss of a causal LM, `model(..., labels=...)`
-liger.py               Liger's fused linear losses
+liger.py               Liger's fused linear losses, those of preferences and tokens
+liger_policy.py        its GRPO
+liger_distillation.py  its Jensen-Shannon divergence
 cut_cross_entropy.py   the function of cut-cross-entropy
 torch_nn.py            torch.nn.functional.linear_cross_entropy
 llama_factory.py       LLaMA-Factory's trainers

@@ -22,6 +22,20 @@ from isdaa_kernels.integrations.cross_entropy import (
     token_cross_entropy,
     total,
 )
+from isdaa_kernels.integrations.liger_distillation import LigerFusedLinearJSD, LigerFusedLinearJSDLoss
+from isdaa_kernels.integrations.liger_policy import LigerFusedLinearGRPOLoss
+
+__all__ = [
+    "LigerFusedLinearCPOLoss",
+    "LigerFusedLinearCrossEntropyLoss",
+    "LigerFusedLinearDPOLoss",
+    "LigerFusedLinearGRPOLoss",
+    "LigerFusedLinearJSD",
+    "LigerFusedLinearJSDLoss",
+    "LigerFusedLinearKTOLoss",
+    "LigerFusedLinearORPOLoss",
+    "LigerFusedLinearSimPOLoss",
+]
 
 Gradient = Literal["exact"] | Routed
 

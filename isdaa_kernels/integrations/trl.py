@@ -1,14 +1,16 @@
-"""The kernels of this package under the fused LM head of TRL's trainers: `patch_trl()`, and nothing else changes.
+"""The kernels of this package under the fused LM head of TRL's trainers and under its divergence of two heads: `patch_trl()`, and nothing
+else changes.
 
-N tokens, D hidden size, V vocabulary.
+N tokens, D hidden size (E that of a teacher), V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from isdaa_kernels import Routed, VocabOrder, linear_logprob, linear_logprob_stats
+from isdaa_kernels import LMHead, Routed, VocabOrder, linear_kl, linear_logprob, linear_logprob_stats
 from isdaa_kernels.integrations.patching import Patch, check_version
 
 TESTED = ("1.16.0",)
@@ -29,18 +31,19 @@ def patch_trl(
     max_workspace_mb: float | None = None,
     backend: str | None = None,
     detach_entropy: bool = False,
+    distillation: bool = True,
     any_version: bool = False,
 ) -> Patch:
-    """From here on every model with TRL's fused LM head, trained already or not, computes its log-probs with `linear_logprob`, until
-    the `undo()` of what is returned, or the end of a `with patch_trl(...):`.
+    """From here on every model with TRL's fused LM head, trained already or not, computes its log-probs with `linear_logprob`, and
+    DistillationTrainer its divergence with `linear_kl`, until the `undo()` of what is returned, or the end of a `with patch_trl(...):`.
 
-    That is the head of DPOTrainer, KTOTrainer, SFTTrainer, GRPOTrainer, RLOOTrainer and of what else calls TRL's `add_fused_lm_head`; the
-    distillation trainers compare two heads at once, and keep TRL's own. gradient, vocab_order, max_workspace_mb, backend: as in
-    `linear_logprob`, for every call. detach_entropy: the entropy is a metric only, as it is to every trainer but GRPO with an
-    `entropy_coef`; on the CPU a frozen head (LoRA) then takes 2 units of matrix work instead of 3. any_version: try it on a TRL that this
-    was not tested with.
+    The head is that of DPOTrainer, KTOTrainer, SFTTrainer, GRPOTrainer, RLOOTrainer and of what else calls TRL's `add_fused_lm_head`.
+    gradient, vocab_order, max_workspace_mb, backend: as in `linear_logprob`, for every call. detach_entropy: the entropy is a metric only,
+    as it is to every trainer but GRPO with an `entropy_coef`; on the CPU a frozen head (LoRA) then takes 2 units of matrix work instead
+    of 3. distillation: False leaves the divergence to TRL, as for a device that no backend of `linear_kl` is for, where it raises
+    NoBackend. any_version: try it on a TRL that this was not tested with.
 
-    The same as TRL's ChunkedLogProbFunction, but:
+    The same as TRL's ChunkedLogProbFunction and ChunkedDivergenceFunction, but:
 
     - Logits stay in fp32. TRL rounds them to the dtype of the hidden states, so with 16-bit ones the two differ by TRL's rounding.
     - `is_top1` is true where no logit is above the target's; TRL wants that no row before the target's has the same logit either. The two
@@ -48,7 +51,9 @@ def patch_trl(
     - On the CPU only the tokens that have a label are projected, as TRL itself does on a GPU; there it passes all, with label 0 for the
       others. Other devices are as TRL has them.
     - With `Routed` or `detach_entropy`, a loss that takes the entropy's gradient (GRPO's `entropy_coef`) raises NotImplementedError in its
-      backward. All that TRL reports comes from the one forward of the head in any case.
+      backward, and with `Routed` a divergence that trains at once. All that TRL reports of one head comes from the one forward.
+    - The student's entropy, a metric of DistillationTrainer, is a forward of its head more. Its weight is not rounded to the dtype of the
+      hidden states where the two differ.
 
     Raises ImportError for a version of TRL that was not tested, ValueError where TRL is patched already. At the first forward: ValueError
     for settings that `linear_logprob` refuses, NotImplementedError for a head partitioned by DeepSpeed ZeRO-3, of which TRL gathers
@@ -58,16 +63,31 @@ def patch_trl(
     import trl.kernels.chunked_logprob
     import trl.trainer.utils
 
-    head = make_function(
-        detach_entropy, gradient=gradient, vocab_order=vocab_order, max_workspace_mb=max_workspace_mb, backend=backend
-    )
-    compact = trl.trainer.utils._use_triton
-    return Patch(
+    settings = {"gradient": gradient, "vocab_order": vocab_order}
+    settings |= {"max_workspace_mb": max_workspace_mb, "backend": backend}
+    head = make_function(detach_entropy, **settings)
+    replacements = [
         (trl.kernels, "ChunkedLogProbFunction", head),
         (trl.kernels.chunked_logprob, "ChunkedLogProbFunction", head),
         (trl.trainer.utils, "_ChunkedLogProbFunction", head),
-        (trl.trainer.utils, "_use_triton", lambda device: device.type == "cpu" or compact(device)),
-    )
+        (trl.trainer.utils, "_use_triton", _compact(trl.trainer.utils._use_triton)),
+    ]
+    if distillation:
+        import trl.kernels.chunked_divergence
+        import trl.trainer.distillation_trainer as trainer
+
+        divergence = make_divergence(**settings)
+        replacements += [
+            (trl.kernels.chunked_divergence, "ChunkedDivergenceFunction", divergence),
+            (trainer, "ChunkedDivergenceFunction", divergence),
+            (trainer, "_use_triton", _compact(trainer._use_triton)),
+        ]
+    return Patch(*replacements)
+
+
+def _compact(use_triton: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
+    """Whether TRL projects labelled positions only: where it says so, and on the CPU."""
+    return lambda device: device.type == "cpu" or use_triton(device)
 
 
 def make_function(detach_entropy: bool = False, **settings: object) -> type:
@@ -92,6 +112,62 @@ def make_function(detach_entropy: bool = False, **settings: object) -> type:
             return _token_outputs(hidden, weight, targets, outputs, metrics_only, bias=bias, **numbers, **settings)
 
     return LinearLogProb
+
+
+def make_divergence(gradient: Literal["exact"] | Routed = "exact", **settings: object) -> type:
+    """A class with the `apply` of TRL's ChunkedDivergenceFunction; `settings` (vocab_order, max_workspace_mb, backend) go to `linear_kl`
+    and, for the entropy, to `linear_logprob_stats`."""
+
+    class LinearDivergence:
+        @staticmethod
+        def apply(
+            student_hidden: Tensor,
+            student_weight: Tensor,
+            student_bias: Tensor | None,
+            teacher_hidden: Tensor,
+            teacher_weight: Tensor,
+            teacher_bias: Tensor | None,
+            beta: float,
+            temperature: float = 1.0,
+            student_logit_scale: float = 1.0,
+            student_final_logit_softcapping: float | None = None,
+            teacher_logit_scale: float = 1.0,
+            teacher_final_logit_softcapping: float | None = None,
+        ) -> tuple[Tensor, Tensor]:
+            _check_partitioned(student_weight, student_bias, teacher_weight, teacher_bias)
+            if gradient != "exact" and _need_gradient(student_hidden, student_weight, student_bias):
+                raise NotImplementedError(
+                    "gradient: a divergence has no routed one; expected patch_trl(gradient='exact') for DistillationTrainer"
+                )
+            student = LMHead(student_weight, student_bias, student_logit_scale, student_final_logit_softcapping)
+            teacher = LMHead(teacher_weight, teacher_bias, teacher_logit_scale, teacher_final_logit_softcapping)
+            entropy = _entropy(student_hidden, student, temperature, gradient=gradient, **settings)
+            direction = {0: "forward", 1: "reverse"}.get(beta, "jsd")
+            divergence = linear_kl(
+                student_hidden,
+                student,
+                teacher_hidden,
+                teacher,
+                direction=direction,
+                jsd_weight=beta if direction == "jsd" else None,
+                temperature=temperature,
+                max_workspace_mb=settings["max_workspace_mb"],
+                backend=settings["backend"],
+            )
+            return divergence.float(), entropy.float()
+
+    return LinearDivergence
+
+
+@torch.no_grad()
+def _entropy(hidden: Tensor, head: LMHead, temperature: float, **settings: object) -> Tensor:
+    """Of each token's distribution, [N]; the log-probs that come with it, of row 0, are nobody's."""
+    targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    numbers = {"logit_scale": head.logit_scale, "softcap": head.softcap, "temperature": temperature}
+    _, stats = linear_logprob_stats(
+        hidden, head.weight, targets, stats=("entropy",), detached=("entropy",), bias=head.bias, **numbers, **settings
+    )
+    return stats.entropy
 
 
 def _token_outputs(
@@ -136,3 +212,7 @@ def _check_partitioned(*parameters: Tensor | None) -> None:
         raise NotImplementedError(
             "weight: DeepSpeed ZeRO-3 partitions it, and the backward would find it gone; expected ZeRO-2, FSDP, or TRL without patch_trl"
         )
+
+
+def _need_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
