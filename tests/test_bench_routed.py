@@ -47,7 +47,7 @@ def test_a_run_leaves_whole_files(run):
 
 def test_every_case_is_measured(run):
     _, results = run
-    assert len(results["rows"]) == len(all_cases(has_other=False)) == 16
+    assert len(results["rows"]) == len(all_cases(has_other=False)) == 17
     for row in results["rows"]:
         assert row["time"]["full"]["units"] > 0
         for found in (row[RANDOM], row[PREFERENCE]):
