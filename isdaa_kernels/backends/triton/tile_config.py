@@ -53,10 +53,15 @@ _RICH = _PLAIN | {
     "sm_100": TileConfig(128, 128, 64, num_warps=8, num_stages=4, pieces=2, tma=True),
     "gfx942": TileConfig(128, 128, 64, num_warps=4, num_stages=2, pieces=2),
 }
+# Two heads, whose two accumulators take the registers of one of 128 x 256.
+_HEADS = _RICH | {
+    "sm_90": TileConfig(128, 128, 64, num_warps=8, num_stages=4, pieces=2, tma=True),
+    "gfx942": TileConfig(128, 64, 64, num_warps=4, num_stages=2),
+}
 # Rows of weight off 16-byte borders: every load is a few bytes wide and its address takes registers.
 _UNALIGNED = {arch: TileConfig(128, 64, 32, num_warps=8, num_stages=2) for arch in _PLAIN}
 _UNALIGNED["interpreter"] = _PLAIN["interpreter"]
-_KINDS = {"plain": _PLAIN, "rich": _RICH, "unaligned": _UNALIGNED}
+_KINDS = {"plain": _PLAIN, "rich": _RICH, "heads": _HEADS, "unaligned": _UNALIGNED}
 _FAMILY = {
     "sm_87": "sm_80",
     "sm_89": "sm_86",
@@ -86,7 +91,7 @@ def known_archs() -> list[str]:
 
 def choose_tile_config(problem: Problem, arch: str, kernel: str = "forward", kind: str = "plain") -> TileConfig:
     """The tile of one fused kernel (`KERNELS`) for `arch`, as in "sm_90" or "gfx942": what `load_tile_configs` brought for exactly
-    this (architecture, kernel, kind, dtype, D, V), else the table's. kind: "rich" for a head with bias or softcap, "unaligned" for a
+    this (architecture, kernel, kind, dtype, D, V), else the table's. kind: "rich" for a head with bias or softcap, "heads" for two heads, "unaligned" for a
     weight whose rows are not contiguous on 16-byte borders, else "plain". Pure apart from that. Raises ValueError for what is unknown."""
     for name, value, known in (("kernel", kernel, KERNELS), ("kind", kind, _KINDS)):
         if value not in known:
