@@ -97,7 +97,7 @@ def make_plan(kernels: Shapes, problem: Problem, aligned: bool = True) -> Plan:
 
 def kl_partial_rows(problem: Problem) -> int:
     """fp32 numbers a token and slot of `linear_kl`'s forward."""
-    return 5 if problem.divergence.direction == "jsd" else 9
+    return 10 if problem.divergence.direction == "forward" else 9
 
 
 def weight_rows(problem: Problem, T: int, C: int) -> int:

@@ -15,7 +15,7 @@ from isdaa_kernels.backends.triton.kernels.kl_logits import (
 )
 from isdaa_kernels.backends.triton.kernels.linear_kl import linear_kl_backward_kernel, linear_kl_forward_kernel
 from isdaa_kernels.backends.triton.shapes import CONSTANTS, KL_OPTIONS, programs
-from isdaa_kernels.backends.triton.tile_config import TileConfig
+from isdaa_kernels.backends.triton.tile_config import TileConfig, heads_pieces
 from isdaa_kernels.divergence import DIRECTIONS
 
 
@@ -104,6 +104,6 @@ def _factors(tile: TileConfig, hidden_TD: Tensor, weight_VD: Tensor, other_TE: T
     D, E = weight_VD.shape[1], other_VE.shape[1]
     return arguments | {
         "D": D, "E": E, "TMA": tile.tma, "EVEN_D": D % tile.K == 0, "EVEN_E": E % tile.K == 0, "PRECISION": "ieee", "M": tile.M,
-        "N": tile.N, "K": tile.K, "GROUP": tile.group, "PIECES": tile.pieces, "num_warps": tile.num_warps,
+        "N": tile.N, "K": tile.K, "GROUP": tile.group, "PIECES": heads_pieces(tile), "num_warps": tile.num_warps,
         "num_stages": tile.num_stages, **KL_OPTIONS,
     }  # fmt: skip

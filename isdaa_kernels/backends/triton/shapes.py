@@ -1,5 +1,6 @@
 """Shapes of the Triton kernels that do not depend on a table, and what the passes of `backends.gpu` plan with. Needs no triton."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -23,8 +24,8 @@ CONSTANTS = {
     "finish_weight": {"R": 16, "M": 16, "K": 256},
     "fold_logits": {"M": 4, "N": LOGITS_TILE},
     "gradient_logits": {"M": 16, "N": 512},
-    "kl_fold_logits": {"M": 4, "N": 512},
-    "kl_gradient_logits": {"M": 16, "N": 256},
+    "kl_fold_logits": {"M": 16, "N": 512, "num_warps": 16},
+    "kl_gradient_logits": {"M": 16, "N": 512, "num_warps": 16},
     "kl_combine": {"M": 8, "SLOTS": 64},
     "kl_combine_mixture": {"M": 8, "SLOTS": 64},
 }
@@ -56,8 +57,10 @@ class TritonShapes:
         return 32 if arch_of(problem) == "interpreter" else 256
 
     def fused_tile(self, problem: Problem, kernel: str, rich: bool, aligned: bool) -> TileConfig:
-        kind = "heads" if problem.divergence is not None else "rich" if rich else "plain"
-        return choose_tile_config(problem, arch_of(problem), kernel, kind if aligned else "unaligned")
+        heads = problem.divergence is not None
+        kind = "unaligned" if not aligned else "heads" if heads else "rich" if rich else "plain"
+        tile = choose_tile_config(problem, arch_of(problem), kernel, kind)
+        return replace(tile, pieces=1) if heads else tile  # a slot of partial results each
 
     def fold_columns(self, problem: Problem) -> int:
         if problem.divergence is not None:

@@ -53,10 +53,14 @@ _RICH = _PLAIN | {
     "sm_100": TileConfig(128, 128, 64, num_warps=8, num_stages=4, pieces=2, tma=True),
     "gfx942": TileConfig(128, 128, 64, num_warps=4, num_stages=2, pieces=2),
 }
-# Two heads, whose two accumulators take the registers of one of 128 x 256.
-_HEADS = _RICH | {
-    "sm_90": TileConfig(128, 128, 64, num_warps=8, num_stages=4, pieces=2, tma=True),
+# Two heads, whose two accumulators take the registers of one of 128 x 256; what follows is made in pieces (`heads_pieces`) of one slot.
+_HEADS = {
+    "sm_80": TileConfig(128, 128, 64, num_warps=8, num_stages=3),
+    "sm_86": TileConfig(128, 128, 64, num_warps=8, num_stages=2),
+    "sm_90": TileConfig(128, 128, 64, num_warps=8, num_stages=4, tma=True),
+    "sm_100": TileConfig(128, 128, 64, num_warps=8, num_stages=4, tma=True),
     "gfx942": TileConfig(128, 64, 64, num_warps=4, num_stages=2),
+    "interpreter": TileConfig(32, 128, 32, num_warps=4, num_stages=1, programs=2),
 }
 # Rows of weight off 16-byte borders: every load is a few bytes wide and its address takes registers.
 _UNALIGNED = {arch: TileConfig(128, 64, 32, num_warps=8, num_stages=2) for arch in _PLAIN}
@@ -72,6 +76,11 @@ _FAMILY = {
 }
 _FAMILY |= {"gfx90a": "gfx942", "gfx950": "gfx942"}
 _overrides: dict[str, TileConfig] = {}
+
+
+def heads_pieces(tile: TileConfig) -> int:
+    """Pieces of the columns of a tile of two heads, one after the other: fewer registers."""
+    return max(1, tile.N // 32)
 
 
 def family(arch: str) -> str | None:

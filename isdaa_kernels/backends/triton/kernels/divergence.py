@@ -54,40 +54,72 @@ def store_row(partial, place_M, row: tl.constexpr, stride, x_M, live_M):
 
 
 @triton.jit
-def kl_fold(zp_MN, zq_MN, begin, slot, S, T, row_M, live_M, partial, DIRECTION: tl.constexpr):
-    """One tile's share of both log-sum-exps and of the divergence, written to its slot of `partial` [9, S, T] (jsd: [5, S, T]): maximum and
-    sum of exponentials of the policy, of the reference, the column of the policy's largest logit (as bits); then, with d = z of other - z
-    of base and b = exp(z of base - its maximum): d where the base is largest, the sums of b x and of b excess(x) with x = d - that, the
-    latter without what is kept apart, the other's exponentials where |x| > 1/2. Columns that are none come with -inf."""
-    place_M, stride = slot.to(tl.int64) * T + row_M, tl.cast(S, tl.int64) * T
-    p_top_M, q_top_M = tl.max(zp_MN, 1), tl.max(zq_MN, 1)
-    p_MN = exponential(zp_MN - tl.where(p_top_M == float("-inf"), 0.0, p_top_M)[:, None])
-    q_MN = exponential(zq_MN - tl.where(q_top_M == float("-inf"), 0.0, q_top_M)[:, None])
+def tops(zp_MN, zq_MN, begin, DIRECTION: tl.constexpr):
+    """(the policy's largest logit, the reference's, the column of the former, z of reference - z of policy there, where the direction is
+    forward z of policy - z of reference at the latter)."""
     column_N = begin + tl.arange(0, zp_MN.shape[1])
+    p_top_M, q_top_M = tl.max(zp_MN, 1), tl.max(zq_MN, 1)
     largest_M = tl.min(tl.where(zp_MN == p_top_M[:, None], column_N[None, :], 2147483647), 1)
-    store_row(partial, place_M, 0, stride, p_top_M, live_M)
-    store_row(partial, place_M, 1, stride, tl.sum(p_MN, 1), live_M)
-    store_row(partial, place_M, 2, stride, q_top_M, live_M)
-    store_row(partial, place_M, 3, stride, tl.sum(q_MN, 1), live_M)
-    store_row(partial, place_M, 4, stride, largest_M.to(tl.float32, bitcast=True), live_M)
-    if DIRECTION != JSD:
+    p_center_M = _center(zp_MN, p_top_M, zq_MN)
+    return p_top_M, q_top_M, largest_M, p_center_M, _center(zq_MN, q_top_M, zp_MN) if DIRECTION == FORWARD else p_center_M
+
+
+@triton.jit
+def _center(base_MN, top_M, other_MN):
+    """other - base where the base is largest; 0 where there is no such number."""
+    center_M = tl.max(tl.where(base_MN == top_M[:, None], other_MN, float("-inf")), 1) - top_M
+    return tl.where(tl.abs(center_M) < float("inf"), center_M, 0.0)
+
+
+@triton.jit
+def kl_sums(zp_MN, zq_MN, p_top_M, q_top_M, center_M, DIRECTION: tl.constexpr):
+    """(sum of the policy's exponentials, of the reference's, of b x, of b excess(x), of the other's exponentials that are apart), [M] each
+    (jsd: 0 from the third on). Columns that are none come with -inf."""
+    p_shift_M = tl.where(p_top_M == float("-inf"), 0.0, p_top_M)
+    q_shift_M = tl.where(q_top_M == float("-inf"), 0.0, q_top_M)
+    gap_M, excess_M, apart_M = tl.zeros_like(p_top_M), tl.zeros_like(p_top_M), tl.zeros_like(p_top_M)
+    if DIRECTION == JSD:
+        b_M = tl.sum(exponential(zp_MN - p_shift_M[:, None]), 1)
+        o_M = tl.sum(exponential(zq_MN - q_shift_M[:, None]), 1)
+    else:
         if DIRECTION == FORWARD:
-            high_MN, low_MN = difference(zp_MN, zq_MN)
-            b_MN, o_MN, top_MN = q_MN, p_MN, zq_MN == q_top_M[:, None]
+            zb_MN, zo_MN, b_shift_M, o_shift_M = zq_MN, zp_MN, q_shift_M, p_shift_M
         else:
-            high_MN, low_MN = difference(zq_MN, zp_MN)
-            b_MN, o_MN, top_MN = p_MN, q_MN, zp_MN == p_top_M[:, None]
-        center_M = tl.max(tl.where(top_MN, high_MN + low_MN, float("-inf")), 1)
-        center_M = tl.where(tl.abs(center_M) < float("inf"), center_M, 0.0)
+            zb_MN, zo_MN, b_shift_M, o_shift_M = zp_MN, zq_MN, p_shift_M, q_shift_M
+        high_MN, low_MN = difference(zo_MN, zb_MN)
         x_MN = (high_MN - center_M[:, None]) + low_MN
         small_MN = tl.abs(x_MN) <= SMALL
+        o_MN = exponential(zo_MN - o_shift_M[:, None])
+        o_M, apart_M = tl.sum(o_MN, 1), tl.sum(tl.where(small_MN, 0.0, o_MN), 1)
+        b_MN = exponential(zb_MN - b_shift_M[:, None])
+        b_M = tl.sum(b_MN, 1)
         gap_MN = tl.where(b_MN == 0.0, 0.0, b_MN * x_MN)
+        gap_M = tl.sum(gap_MN, 1)
         large_MN = tl.where(b_MN == 0.0, 0.0, -(b_MN + gap_MN))
-        excess_MN = tl.where(small_MN, b_MN * small_excess(tl.where(small_MN, x_MN, 0.0)), large_MN)
-        store_row(partial, place_M, 5, stride, center_M, live_M)
-        store_row(partial, place_M, 6, stride, tl.sum(gap_MN, 1), live_M)
-        store_row(partial, place_M, 7, stride, tl.sum(excess_MN, 1), live_M)
-        store_row(partial, place_M, 8, stride, tl.sum(tl.where(small_MN, 0.0, o_MN), 1), live_M)
+        excess_M = tl.sum(tl.where(small_MN, b_MN * small_excess(tl.where(small_MN, x_MN, 0.0)), large_MN), 1)
+    p_M, q_M = (o_M, b_M) if DIRECTION == FORWARD else (b_M, o_M)
+    return p_M, q_M, gap_M, excess_M, apart_M
+
+
+@triton.jit
+def store_fold(
+    p_top_M, q_top_M, largest_M, p_center_M, center_M, p_M, q_M, gap_M, excess_M, apart_M, slot, S, T, row_M, live_M, partial,
+    DIRECTION: tl.constexpr,
+):  # fmt: skip
+    """A tile's slot of `partial` [R, S, T]; what its rows are says `backends.gpu.kl_kernels`."""
+    place_M, stride = slot.to(tl.int64) * T + row_M, tl.cast(S, tl.int64) * T
+    store_row(partial, place_M, 0, stride, p_top_M, live_M)
+    store_row(partial, place_M, 1, stride, p_M, live_M)
+    store_row(partial, place_M, 2, stride, q_top_M, live_M)
+    store_row(partial, place_M, 3, stride, q_M, live_M)
+    store_row(partial, place_M, 4, stride, largest_M.to(tl.float32, bitcast=True), live_M)
+    store_row(partial, place_M, 5, stride, p_center_M, live_M)
+    if DIRECTION != JSD:
+        store_row(partial, place_M, 6, stride, gap_M, live_M)
+        store_row(partial, place_M, 7, stride, excess_M, live_M)
+        store_row(partial, place_M, 8, stride, apart_M, live_M)
+    if DIRECTION == FORWARD:
+        store_row(partial, place_M, 9, stride, center_M, live_M)
 
 
 @triton.jit
@@ -124,16 +156,23 @@ def log_terms(zp_MN, zq_MN, tokens_M, T):
 
 
 @triton.jit
-def kl_mixture(zp_MN, zq_MN, tokens_M, rest, weight, slot, S, T, row_M, live_M, partial):
-    """One tile's share of KL(p || m), KL(q || m) and the mean of log(p / m) under p, written to its slot of `partial` [3, S, T]."""
-    place_M, stride = slot.to(tl.int64) * T + row_M, tl.cast(S, tl.int64) * T
+def kl_mixture(zp_MN, zq_MN, tokens_M, rest, weight, T):
+    """One tile's share of KL(p || m), KL(q || m) and the mean of log(p / m) under p, [M] each."""
     log_p_MN, log_q_MN, r_MN = log_terms(zp_MN, zq_MN, tokens_M, T)
     over_p_MN, over_q_MN = log_mixture(r_MN, rest, weight)
     p_MN, q_MN = exponential(log_p_MN), exponential(log_q_MN)
     m_MN = rest * p_MN + weight * q_MN
-    store_row(partial, place_M, 0, stride, tl.sum(mixture_term(p_MN, m_MN, over_p_MN), 1), live_M)
-    store_row(partial, place_M, 1, stride, tl.sum(mixture_term(q_MN, m_MN, over_q_MN), 1), live_M)
-    store_row(partial, place_M, 2, stride, -tl.sum(tl.where(p_MN == 0.0, 0.0, p_MN * over_p_MN), 1), live_M)
+    p_M, q_M = tl.sum(mixture_term(p_MN, m_MN, over_p_MN), 1), tl.sum(mixture_term(q_MN, m_MN, over_q_MN), 1)
+    return p_M, q_M, -tl.sum(tl.where(p_MN == 0.0, 0.0, p_MN * over_p_MN), 1)
+
+
+@triton.jit
+def store_mixture(p_M, q_M, mean_M, slot, S, T, row_M, live_M, partial):
+    """Rows 6, 7, 8 of the tile's slot."""
+    place_M, stride = slot.to(tl.int64) * T + row_M, tl.cast(S, tl.int64) * T
+    store_row(partial, place_M, 6, stride, p_M, live_M)
+    store_row(partial, place_M, 7, stride, q_M, live_M)
+    store_row(partial, place_M, 8, stride, mean_M, live_M)
 
 
 @triton.jit

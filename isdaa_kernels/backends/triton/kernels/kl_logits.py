@@ -10,10 +10,16 @@ import triton.language as tl
 from isdaa_kernels.backends.triton.kernels.divergence import (
     FORWARD,
     JSD,
-    kl_fold,
+    REVERSE,
+    exponential,
     kl_gradient,
     kl_mixture,
+    kl_sums,
+    log_mixture,
     log_of_sum,
+    store_fold,
+    store_mixture,
+    tops,
 )
 from isdaa_kernels.backends.triton.kernels.linear_kl import final_logits, take_target
 from isdaa_kernels.backends.triton.kernels.tiles import narrow
@@ -47,9 +53,15 @@ def kl_fold_logits_kernel(
     slot = begin // N + tl.program_id(1)
     if MIXTURE:
         tokens_M = tokens + tl.minimum(row_M, T - 1)
-        kl_mixture(zp_MN, zq_MN, tokens_M, rest, weight, slot, S, T, row_M, live_M, partial)
+        p_M, q_M, mean_M = kl_mixture(zp_MN, zq_MN, tokens_M, rest, weight, T)
+        store_mixture(p_M, q_M, mean_M, slot, S, T, row_M, live_M, partial)
     else:
-        kl_fold(zp_MN, zq_MN, begin + tl.program_id(1) * N, slot, S, T, row_M, live_M, partial, DIRECTION)
+        p_top_M, q_top_M, largest_M, p_center_M, center_M = tops(zp_MN, zq_MN, begin + tl.program_id(1) * N, DIRECTION)
+        p_M, q_M, gap_M, excess_M, apart_M = kl_sums(zp_MN, zq_MN, p_top_M, q_top_M, center_M, DIRECTION)
+        store_fold(
+            p_top_M, q_top_M, largest_M, p_center_M, center_M, p_M, q_M, gap_M, excess_M, apart_M, slot, S, T, row_M, live_M, partial,
+            DIRECTION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -57,7 +69,7 @@ def kl_gradient_logits_kernel(
     policy, reference,  # as above
     out,  # [T, C], gradient of the policy's product; may be `policy` itself
     policy_bias, reference_bias,  # [V] or None
-    targets,  # int32 [T]: the column of each token's policy's largest logit
+    targets,  # int32 [T]: the column of each token's own entry
     tokens,  # fp32 [13, T]; row 8 is written
     weight_entry,  # fp32 [T]
     live,  # uint8 [T]: rows that carry a gradient; the others become 0
@@ -111,10 +123,10 @@ def excess64(x):
 
 @triton.jit
 def kl_combine_kernel(
-    partial,  # fp32 [9, S, T], jsd [5, S, T], as `divergence.kl_fold` writes it
+    partial,  # fp32 [R, S, T], as `divergence.kl_fold` writes it
     rows, count,
     value,  # fp32 [N_ALL], in token order; not of jsd
-    numbers,  # fp64 [4, N_ALL]: the policy's log-sum-exp, its largest column, the log-sum-exps' difference, the divergence (not of jsd)
+    numbers,  # fp64 [4, N_ALL]: the policy's log-sum-exp; not of jsd: the target; the log-sum-exps' difference; not of jsd: the divergence
     first, T, S, N_ALL, DIRECTION: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Slots in one order, summed in fp64, their sums moved to the center of the slot where the base is largest. Grid: (cdiv(T, M),)."""
@@ -123,18 +135,14 @@ def kl_combine_kernel(
     stride = tl.cast(S, tl.int64) * T
     p_top_M = tl.full((M,), float("-inf"), tl.float32)
     q_top_M, center_M = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
-    largest_M = tl.full((M,), 2147483647, tl.int32)
     for slot in range(0, S, SLOTS):
         place_SM, mask_SM = _slots(slot, S, T, i_M, live_M, SLOTS)
         p_SM = tl.load(partial + place_SM, mask=mask_SM, other=float("-inf"))
         q_SM = tl.load(partial + 2 * stride + place_SM, mask=mask_SM, other=float("-inf"))
         p_M, q_M = tl.max(p_SM, 0), tl.max(q_SM, 0)
-        column_SM = tl.load(partial + 4 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.int32, bitcast=True)
-        column_M = tl.min(tl.where(mask_SM & (p_SM == p_M[None, :]), column_SM, 2147483647), 0)
-        largest_M = tl.where(p_M > p_top_M, column_M, largest_M)
         if DIRECTION != JSD:
             b_SM, b_M = (q_SM, q_M) if DIRECTION == FORWARD else (p_SM, p_M)
-            center_SM = tl.load(partial + 5 * stride + place_SM, mask=mask_SM, other=0.0)
+            center_SM = tl.load(partial + (9 if DIRECTION == FORWARD else 5) * stride + place_SM, mask=mask_SM, other=0.0)
             here_M = tl.max(tl.where(mask_SM & (b_SM == b_M[None, :]), center_SM, float("-inf")), 0)
             center_M = tl.where(b_M > (q_top_M if DIRECTION == FORWARD else p_top_M), here_M, center_M)
         p_top_M, q_top_M = tl.maximum(p_top_M, p_M), tl.maximum(q_top_M, q_M)
@@ -154,7 +162,7 @@ def kl_combine_kernel(
         q_sum_M += tl.sum(q_factor_SM * q_part_SM, 0)
         if DIRECTION != JSD:
             factor_SM, part_SM = (q_factor_SM, q_part_SM) if DIRECTION == FORWARD else (p_factor_SM, p_part_SM)
-            center_SM = tl.load(partial + 5 * stride + place_SM, mask=mask_SM, other=0.0)
+            center_SM = tl.load(partial + (9 if DIRECTION == FORWARD else 5) * stride + place_SM, mask=mask_SM, other=0.0)
             slot_gap_SM = tl.load(partial + 6 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
             slot_excess_SM = tl.load(partial + 7 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
             apart_SM = tl.load(partial + 8 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
@@ -187,30 +195,65 @@ def kl_combine_kernel(
         near_gap_M = center64_M + near_M
         lse_gap_M = tl.where(small_M, near_gap_M if DIRECTION == FORWARD else -near_gap_M, lse_gap_M)
         tl.store(value + n_M, divergence_M.to(tl.float32), mask=live_M)
+        target_M = _largest_entry(
+            partial, stride, S, T, i_M, live_M, lse_M, lse_gap_M, divergence_M, 0.0, 0.0, DIRECTION, M, SLOTS
+        )
+        tl.store(numbers + N_ALL + n_M, target_M.to(tl.float64), mask=live_M)
         tl.store(numbers + 3 * N_ALL + n_M, divergence_M, mask=live_M)
     tl.store(numbers + n_M, lse_M, mask=live_M)
-    tl.store(numbers + N_ALL + n_M, largest_M.to(tl.float64), mask=live_M)
     tl.store(numbers + 2 * N_ALL + n_M, lse_gap_M, mask=live_M)
 
 
 @triton.jit
 def kl_combine_mixture_kernel(
-    partial,  # fp32 [3, S, T], as `divergence.kl_mixture` writes it
+    partial,  # fp32 [R, S, T], as `divergence.kl_fold` and `divergence.kl_mixture` write it
     rows, count, value, numbers, first, T, S, N_ALL, rest, weight, M: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """value fp32 [N_ALL] and row 3 of numbers, the mean of log(p / m) under p, of jsd. Grid: (cdiv(T, M),)."""
+    """jsd: value fp32 [N_ALL], the target, and row 3 of numbers, the mean of log(p / m) under p. Grid: (cdiv(T, M),)."""
     i_M = tl.program_id(0) * M + tl.arange(0, M)
     live_M = (i_M < T) & (first + i_M < tl.load(count))
     stride = tl.cast(S, tl.int64) * T
     p_M, q_M, mean_M = tl.zeros((M,), tl.float64), tl.zeros((M,), tl.float64), tl.zeros((M,), tl.float64)
     for slot in range(0, S, SLOTS):
         place_SM, mask_SM = _slots(slot, S, T, i_M, live_M, SLOTS)
-        p_M += tl.sum(tl.load(partial + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
-        q_M += tl.sum(tl.load(partial + stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
-        mean_M += tl.sum(tl.load(partial + 2 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
+        p_M += tl.sum(tl.load(partial + 6 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
+        q_M += tl.sum(tl.load(partial + 7 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
+        mean_M += tl.sum(tl.load(partial + 8 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
     n_M = tl.load(rows + first + i_M, mask=live_M, other=0)
     tl.store(value + n_M, (rest * p_M + weight * q_M).to(tl.float32), mask=live_M)
+    lse_M = tl.load(numbers + n_M, mask=live_M, other=0.0)
+    gap_M = tl.load(numbers + 2 * N_ALL + n_M, mask=live_M, other=0.0)
+    target_M = _largest_entry(partial, stride, S, T, i_M, live_M, lse_M, gap_M, mean_M, rest, weight, JSD, M, SLOTS)
+    tl.store(numbers + N_ALL + n_M, target_M.to(tl.float64), mask=live_M)
     tl.store(numbers + 3 * N_ALL + n_M, mean_M, mask=live_M)
+
+
+@triton.jit
+def _largest_entry(
+    partial, stride, S, T, i_M, live_M, lse_M, gap_M, mean_M, rest, weight, DIRECTION: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr
+):  # fmt: skip
+    """The column of the largest entry of the gradient among the likeliest of each slot; past all columns where there is none."""
+    best_M, target_M = tl.full((M,), -1.0, tl.float32), tl.full((M,), 2147483647, tl.int32)
+    lse_M, gap_M, mean_M = lse_M.to(tl.float32), gap_M.to(tl.float32), mean_M.to(tl.float32)
+    for slot in range(0, S, SLOTS):
+        place_SM, mask_SM = _slots(slot, S, T, i_M, live_M, SLOTS)
+        log_p_SM = tl.load(partial + place_SM, mask=mask_SM, other=float("-inf")) - lse_M[None, :]
+        column_SM = tl.load(partial + 4 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.int32, bitcast=True)
+        r_SM = -tl.load(partial + 5 * stride + place_SM, mask=mask_SM, other=0.0) - gap_M[None, :]
+        p_SM = exponential(log_p_SM)
+        if DIRECTION == FORWARD:
+            size_SM = tl.abs(p_SM - exponential(log_p_SM - r_SM))
+        elif DIRECTION == REVERSE:
+            size_SM = p_SM * tl.abs(r_SM - mean_M[None, :])
+        else:
+            over_p_SM, _ = log_mixture(r_SM, rest, weight)
+            size_SM = p_SM * tl.abs(over_p_SM + mean_M[None, :])
+        size_SM = tl.where(mask_SM & (size_SM == size_SM), size_SM, -1.0)
+        size_M = tl.max(size_SM, 0)
+        column_M = tl.min(tl.where(size_SM == size_M[None, :], column_SM, 2147483647), 0)
+        target_M = tl.where(size_M > best_M, column_M, target_M)
+        best_M = tl.maximum(best_M, size_M)
+    return target_M
 
 
 @triton.jit

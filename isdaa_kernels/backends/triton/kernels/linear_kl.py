@@ -7,7 +7,15 @@ results. Persistent, as in `products`. The policy's and the reference's tiles ha
 import triton
 import triton.language as tl
 
-from isdaa_kernels.backends.triton.kernels.divergence import kl_fold, kl_gradient, kl_mixture
+from isdaa_kernels.backends.triton.kernels.divergence import (
+    FORWARD,
+    kl_gradient,
+    kl_mixture,
+    kl_sums,
+    store_fold,
+    store_mixture,
+    tops,
+)
 from isdaa_kernels.backends.triton.kernels.products import zero_behind
 from isdaa_kernels.backends.triton.kernels.tiles import narrow, product_tile, split_columns, tile_position, transform
 
@@ -66,17 +74,51 @@ def linear_kl_forward_kernel(
         live_M = row_M < live
         inverse_M = tl.load(inverse_temperature + row_M)
         x_pieces, y_pieces = split_columns(x_MN, PIECES), split_columns(y_MN, PIECES)
-        for piece in tl.static_range(PIECES):
-            slot = n * PIECES + piece
-            begin = slot * (N // PIECES)
-            zp_MP, zq_MP, _ = final_logits(
-                x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V, inverse_M, policy_scale,
-                policy_softcap, reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
+        p_M, q_M, a_M = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+        if MIXTURE:
+            for piece in tl.static_range(PIECES):
+                begin = n * N + piece * (N // PIECES)
+                zp_MP, zq_MP, _ = final_logits(
+                    x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V, inverse_M, policy_scale, policy_softcap,
+                    reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
+                )  # fmt: skip
+                p_share_M, q_share_M, a_share_M = kl_mixture(zp_MP, zq_MP, tokens + row_M, rest, weight, T)
+                p_M += p_share_M
+                q_M += q_share_M
+                a_M += a_share_M
+            store_mixture(p_M, q_M, a_M, n, S, T, row_M, live_M, partial)
+        else:
+            p_top_M, q_top_M = tl.full((M,), float("-inf"), tl.float32), tl.full((M,), float("-inf"), tl.float32)
+            largest_M = tl.full((M,), 2147483647, tl.int32)
+            b_M, c_M, p_center_M, center_M = p_M, p_M, p_M, p_M
+            for piece in tl.static_range(PIECES):
+                begin = n * N + piece * (N // PIECES)
+                zp_MP, zq_MP, _ = final_logits(
+                    x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V, inverse_M, policy_scale, policy_softcap,
+                    reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
+                )  # fmt: skip
+                p_here_M, q_here_M, column_M, p_gap_M, gap_M = tops(zp_MP, zq_MP, begin, DIRECTION)
+                above_M = p_here_M > p_top_M
+                largest_M, p_center_M = tl.where(above_M, column_M, largest_M), tl.where(above_M, p_gap_M, p_center_M)
+                center_M = tl.where(q_here_M > q_top_M, gap_M, center_M) if DIRECTION == FORWARD else p_center_M
+                p_top_M, q_top_M = tl.maximum(p_top_M, p_here_M), tl.maximum(q_top_M, q_here_M)
+            for piece in tl.static_range(PIECES):
+                begin = n * N + piece * (N // PIECES)
+                zp_MP, zq_MP, _ = final_logits(
+                    x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V, inverse_M, policy_scale, policy_softcap,
+                    reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
+                )  # fmt: skip
+                p_share_M, q_share_M, a_share_M, b_share_M, c_share_M = kl_sums(
+                    zp_MP, zq_MP, p_top_M, q_top_M, center_M, DIRECTION
+                )
+                p_M += p_share_M
+                q_M += q_share_M
+                a_M += a_share_M
+                b_M += b_share_M
+                c_M += c_share_M
+            store_fold(
+                p_top_M, q_top_M, largest_M, p_center_M, center_M, p_M, q_M, a_M, b_M, c_M, n, S, T, row_M, live_M, partial, DIRECTION
             )  # fmt: skip
-            if MIXTURE:
-                kl_mixture(zp_MP, zq_MP, tokens + row_M, rest, weight, slot, S, T, row_M, live_M, partial)
-            else:
-                kl_fold(zp_MP, zq_MP, begin, slot, S, T, row_M, live_M, partial, DIRECTION)
 
 
 @triton.jit
@@ -84,7 +126,7 @@ def linear_kl_backward_kernel(
     policy_hidden, reference_hidden,  # [T, D] times 2 ** -back of its token, [T, E]; descriptors where TMA
     policy_weight, reference_weight,  # [V, D], [V, E], likewise
     policy_bias, reference_bias,  # [V] or None
-    targets,  # int32 [T]: the column of each token's policy's largest logit
+    targets,  # int32 [T]: the column of each token's own entry
     tokens,  # fp32 [13, T] as `backends.gpu.kl_tokens` makes them; row 8 is written: the entry of that column
     weight_entry,  # fp32 [T]: the same in the units of the sums of d_weight
     count,  # int32 [1]: tokens of the whole call that carry a gradient
