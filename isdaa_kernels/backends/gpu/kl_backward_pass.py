@@ -1,6 +1,10 @@
 """Backward of `linear_kl`: both heads' products of a slab and a chunk are recomputed into a chunk of gradients of the policy's, which the
 library multiplies into d_hidden and d_weight, as in `backward_pass`.
 
+Of 16-bit factors the chunk is 16-bit too: its rounding comes on top of that of the results, which makes 1.1 to 1.4 times the error of
+dense PyTorch with one entry of each token kept in fp32 (up to 1.5 without), and up to 2.4 times where two or three entries make up the
+whole gradient, as in tiny vocabularies.
+
 T tokens of a slab, C vocabulary rows of a chunk, D hidden size (E that of the reference), V vocabulary.
 """
 

@@ -50,7 +50,9 @@ class KlUpstream:
         self.coefficient_N = grad_N.float()
         slope = abs(head.transform.logit_scale) * head.transform.inverse_temperature(None, torch.float32)
         largest_N = self.coefficient_N.abs() * slope
-        if divergence.direction == "reverse":  # |p (log(p / q) - its mean)| < KL + 1; an entry of the others is at most 1
+        if (
+            divergence.direction == "reverse"
+        ):  # |p (log(p / q) - its mean)| < KL + 1; an entry of the others is at most 1
             largest_N = largest_N * (1 + numbers_4N[3]).float()
         live_N = live.slot_N < live.capacity
         self.known_N = largest_N.isfinite()

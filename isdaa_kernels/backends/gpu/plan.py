@@ -160,8 +160,15 @@ def _forward_bytes(call: Call, T: int, C: int) -> int:
     problem, size = call.problem, call.dtype.itemsize
     slots = fold_slots(call, _tile(call, "forward"))
     if problem.divergence is not None:
-        chunks = _chunk_bytes(problem, C, problem.D, problem.weight_dtype, call.dtype) + (0 if call.fused else T * C * 4)
-        return _reference_bytes(call, T, C) + T * (problem.D + 8) * size + T * slots * kl_partial_rows(problem) * 4 + chunks
+        chunks = _chunk_bytes(problem, C, problem.D, problem.weight_dtype, call.dtype) + (
+            0 if call.fused else T * C * 4
+        )
+        return (
+            _reference_bytes(call, T, C)
+            + T * (problem.D + 8) * size
+            + T * slots * kl_partial_rows(problem) * 4
+            + chunks
+        )
     numbers = T * (problem.D + 8) * size + T * slots * _PARTIAL_BYTES
     if problem.routed is not None or problem.weight_dtype != call.dtype:
         numbers += C * (problem.D + 8) * size  # rows of the head in another order or dtype
@@ -198,7 +205,13 @@ def _chunk_bytes(problem: Problem, C: int, D: int, weight_dtype: torch.dtype, dt
 def _gradient_bytes(call: Call, T: int, C: int) -> int:
     """A chunk of the gradient, of the logits beside it, and the sums for the bias."""
     tile = _tile(call, "backward")
-    rows = tile.M if tile is not None else call.kernels.gradient_rows if call.problem.divergence is None else call.kernels.kl_gradient_rows
+    rows = (
+        tile.M
+        if tile is not None
+        else call.kernels.gradient_rows
+        if call.problem.divergence is None
+        else call.kernels.kl_gradient_rows
+    )
     chunk = (0 if call.fused else 4) + (0 if call.in_place else call.dtype.itemsize)
     return T * C * chunk + ceil_div(T, rows) * C * 4 + 8 * call.problem.V
 

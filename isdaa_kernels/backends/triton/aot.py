@@ -27,7 +27,7 @@ from isdaa_kernels.backends.triton.aot_variants import (
     small_set,
 )
 from isdaa_kernels.backends.triton.shapes import CONSTANTS, KL_OPTIONS, OPTIONS
-from isdaa_kernels.backends.triton.tile_config import TileConfig, choose_tile_config
+from isdaa_kernels.backends.triton.tile_config import TileConfig, choose_tile_config, heads_kind
 from isdaa_kernels.dispatch import Problem
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -49,7 +49,7 @@ def tile_of(variant: Variant) -> TileConfig:
     dtype = aot_routed.DTYPES[variant.dtype]
     problem = Problem("cuda", dtype, dtype, 8192, 4096, 128256, arch=variant.arch)
     kernel = "backward" if variant.kernel.endswith("backward") else "forward"
-    kind = "heads" if variant.kernel in aot_kl.KERNELS else "rich" if variant.rich else "plain"
+    kind = heads_kind(kernel) if variant.kernel in aot_kl.KERNELS else "rich" if variant.rich else "plain"
     return choose_tile_config(problem, variant.arch, kernel, kind if variant.aligned else "unaligned")
 
 
@@ -122,7 +122,9 @@ def _kl_source(variant: Variant, kernel, tile: TileConfig):
     constants = aot_kl.constants(
         variant.kernel, variant.direction, variant.mixture, variant.rich, variant.even, tile.tma, tile
     )
-    return _complete(variant, kernel, types, constants, aot_kl.OPTIONAL, KL_OPTIONS | aot_kl.options(variant.kernel, tile))
+    return _complete(
+        variant, kernel, types, constants, aot_kl.OPTIONAL, KL_OPTIONS | aot_kl.options(variant.kernel, tile)
+    )
 
 
 def _complete(variant: Variant, kernel, types: dict, constants: dict, optional: dict, options: dict):

@@ -1,4 +1,4 @@
-"""The kernels of `linear_kl` as `aot` compiles them: which there are, the types of their own arguments, the constants that calls give them."""
+"""The kernels of `linear_kl` as `aot` compiles them: their names, the types of their own arguments, their constants."""
 
 from isdaa_kernels.backends.triton.shapes import CONSTANTS
 from isdaa_kernels.backends.triton.tile_config import TileConfig, heads_pieces

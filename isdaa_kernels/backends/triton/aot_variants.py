@@ -79,7 +79,10 @@ def small_kl_set() -> list[Variant]:
     chosen += [Variant("kl_fold_logits", "sm_90", rich=True, direction="forward")]
     chosen += [Variant("kl_fold_logits", "gfx942", direction="jsd", mixture=True)]
     chosen += [Variant("kl_gradient_logits", "sm_90", rich=True, direction="jsd")]
-    chosen += [Variant("kl_combine", "sm_90", direction="forward"), Variant("kl_combine_mixture", "sm_80", direction="jsd")]
+    chosen += [
+        Variant("kl_combine", "sm_90", direction="forward"),
+        Variant("kl_combine_mixture", "sm_80", direction="jsd"),
+    ]
     return chosen
 
 

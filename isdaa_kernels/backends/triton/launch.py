@@ -3,7 +3,6 @@
 T tokens of a slab, C vocabulary rows of a chunk, D hidden size, V vocabulary, N tokens of the call, S slots of partial results.
 """
 
-import torch
 import triton
 from torch import Tensor
 from triton import cdiv

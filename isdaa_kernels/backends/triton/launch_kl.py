@@ -51,8 +51,8 @@ class KlKernels:
         T, shape = len(policy), CONSTANTS["kl_fold_logits"]
         kl_fold_logits_kernel[(cdiv(T, shape["M"]), cdiv(end - begin, shape["N"]))](
             policy=policy, reference=reference, inverse_temperature=inverse_temperature, tokens=tokens, count=count, partial=partial,
-            first=first, T=T, S=partial.shape[1], begin=begin, end=end, stride_policy=policy.stride(0), stride_reference=reference.stride(0),
-            MIXTURE=tokens is not None, **_heads(**heads), **shape, **KL_OPTIONS,
+            first=first, T=T, S=partial.shape[1], begin=begin, end=end, stride_policy=policy.stride(0),
+            stride_reference=reference.stride(0), MIXTURE=tokens is not None, **_heads(**heads), **shape, **KL_OPTIONS,
         )  # fmt: skip
 
     def kl_gradient_logits(

@@ -9,7 +9,7 @@ import torch
 from isdaa_kernels.backends.gpu.call import fusable, product_dtype
 from isdaa_kernels.backends.gpu.kernels import RoutedSizes
 from isdaa_kernels.backends.triton.routed_tiles import SLOT_COLUMNS, choose_routed_tiles
-from isdaa_kernels.backends.triton.tile_config import TileConfig, arch_of, choose_tile_config
+from isdaa_kernels.backends.triton.tile_config import TileConfig, arch_of, choose_tile_config, heads_kind
 from isdaa_kernels.dispatch import Problem
 
 LOGITS_TILE = 2048  # columns of logits that are read from memory, where no block's mass is kept
@@ -48,9 +48,9 @@ class TritonShapes:
     kl_gradient_rows = CONSTANTS["kl_gradient_logits"]["M"]
 
     def products(self, problem: Problem, aligned: bool) -> Literal["fused", "library"]:
-        """Fused for 16-bit factors of one dtype, those of both heads where there are two: tiles of logits never leave the registers. fp32 or mixed factors go to the library: full
-        fp32 products run without tensor cores, where its kernels are several times faster than what Triton makes of `tl.dot`, and
-        writing and reading the chunk is nothing beside them."""
+        """Fused for 16-bit factors of one dtype, those of both heads where there are two: tiles of logits never leave the registers. fp32
+        or mixed factors go to the library: full fp32 products run without tensor cores, where its kernels are several times faster than
+        what Triton makes of `tl.dot`, and writing and reading the chunk is nothing beside them."""
         return "fused" if fusable(problem) else "library"
 
     def slab_step(self, problem: Problem) -> int:
@@ -58,7 +58,7 @@ class TritonShapes:
 
     def fused_tile(self, problem: Problem, kernel: str, rich: bool, aligned: bool) -> TileConfig:
         heads = problem.divergence is not None
-        kind = "unaligned" if not aligned else "heads" if heads else "rich" if rich else "plain"
+        kind = "unaligned" if not aligned else heads_kind(kernel) if heads else "rich" if rich else "plain"
         tile = choose_tile_config(problem, arch_of(problem), kernel, kind)
         return replace(tile, pieces=1) if heads else tile  # a slot of partial results each
 

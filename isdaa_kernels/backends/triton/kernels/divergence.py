@@ -61,7 +61,13 @@ def tops(zp_MN, zq_MN, begin, DIRECTION: tl.constexpr):
     p_top_M, q_top_M = tl.max(zp_MN, 1), tl.max(zq_MN, 1)
     largest_M = tl.min(tl.where(zp_MN == p_top_M[:, None], column_N[None, :], 2147483647), 1)
     p_center_M = _center(zp_MN, p_top_M, zq_MN)
-    return p_top_M, q_top_M, largest_M, p_center_M, _center(zq_MN, q_top_M, zp_MN) if DIRECTION == FORWARD else p_center_M
+    return (
+        p_top_M,
+        q_top_M,
+        largest_M,
+        p_center_M,
+        _center(zq_MN, q_top_M, zp_MN) if DIRECTION == FORWARD else p_center_M,
+    )
 
 
 @triton.jit

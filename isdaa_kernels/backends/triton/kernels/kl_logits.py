@@ -94,7 +94,9 @@ def kl_gradient_logits_kernel(
     )  # fmt: skip
     g_MN = kl_gradient(zp_MN, zq_MN, tokens_M, rest, weight, T, DIRECTION) * slope_MN
     target_M = tl.load(targets + row_M, mask=inside_M, other=-1)
-    g_MN, scale_M = take_target(g_MN, tl.where(column_N < end, column_N, -2), target_M, row_M, live_M, tokens, weight_entry, T)
+    g_MN, scale_M = take_target(
+        g_MN, tl.where(column_N < end, column_N, -2), target_M, row_M, live_M, tokens, weight_entry, T
+    )
     if BIAS_SUMS:
         sums_N = tl.sum(g_MN * scale_M[:, None], 0)
         tl.store(bias_sums + tl.program_id(0).to(tl.int64) * (end - begin) + place_N, sums_N, mask=column_N < end)
@@ -126,7 +128,7 @@ def kl_combine_kernel(
     partial,  # fp32 [R, S, T], as `divergence.kl_fold` writes it
     rows, count,
     value,  # fp32 [N_ALL], in token order; not of jsd
-    numbers,  # fp64 [4, N_ALL]: the policy's log-sum-exp; not of jsd: the target; the log-sum-exps' difference; not of jsd: the divergence
+    numbers,  # fp64 [4, N_ALL]: the policy's log-sum-exp; not jsd's: the target; the log-sum-exps' difference; not jsd's: the divergence
     first, T, S, N_ALL, DIRECTION: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Slots in one order, summed in fp64, their sums moved to the center of the slot where the base is largest. Grid: (cdiv(T, M),)."""
@@ -142,7 +144,9 @@ def kl_combine_kernel(
         p_M, q_M = tl.max(p_SM, 0), tl.max(q_SM, 0)
         if DIRECTION != JSD:
             b_SM, b_M = (q_SM, q_M) if DIRECTION == FORWARD else (p_SM, p_M)
-            center_SM = tl.load(partial + (9 if DIRECTION == FORWARD else 5) * stride + place_SM, mask=mask_SM, other=0.0)
+            center_SM = tl.load(
+                partial + (9 if DIRECTION == FORWARD else 5) * stride + place_SM, mask=mask_SM, other=0.0
+            )
             here_M = tl.max(tl.where(mask_SM & (b_SM == b_M[None, :]), center_SM, float("-inf")), 0)
             center_M = tl.where(b_M > (q_top_M if DIRECTION == FORWARD else p_top_M), here_M, center_M)
         p_top_M, q_top_M = tl.maximum(p_top_M, p_M), tl.maximum(q_top_M, q_M)
@@ -162,13 +166,17 @@ def kl_combine_kernel(
         q_sum_M += tl.sum(q_factor_SM * q_part_SM, 0)
         if DIRECTION != JSD:
             factor_SM, part_SM = (q_factor_SM, q_part_SM) if DIRECTION == FORWARD else (p_factor_SM, p_part_SM)
-            center_SM = tl.load(partial + (9 if DIRECTION == FORWARD else 5) * stride + place_SM, mask=mask_SM, other=0.0)
+            center_SM = tl.load(
+                partial + (9 if DIRECTION == FORWARD else 5) * stride + place_SM, mask=mask_SM, other=0.0
+            )
             slot_gap_SM = tl.load(partial + 6 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
             slot_excess_SM = tl.load(partial + 7 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
             apart_SM = tl.load(partial + 8 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
             step_SM = center_M[None, :].to(tl.float64) - center_SM.to(tl.float64)
             back_SM = excess64(-step_SM)  # exp(-step) - 1 + step
-            moved_SM = (back_SM - step_SM + 1.0) * slot_excess_SM + back_SM * part_SM + (back_SM - step_SM) * slot_gap_SM
+            moved_SM = (
+                (back_SM - step_SM + 1.0) * slot_excess_SM + back_SM * part_SM + (back_SM - step_SM) * slot_gap_SM
+            )
             none_SM = factor_SM == 0.0  # a slot without probability in the base
             gap_M += tl.sum(tl.where(none_SM, 0.0, factor_SM * (slot_gap_SM - step_SM * part_SM)), 0)
             excess_M += tl.sum(tl.where(none_SM, 0.0, factor_SM * moved_SM), 0)

@@ -79,8 +79,8 @@ def linear_kl_forward_kernel(
             for piece in tl.static_range(PIECES):
                 begin = n * N + piece * (N // PIECES)
                 zp_MP, zq_MP, _ = final_logits(
-                    x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V, inverse_M, policy_scale, policy_softcap,
-                    reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
+                    x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V,
+                    inverse_M, policy_scale, policy_softcap, reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
                 )  # fmt: skip
                 p_share_M, q_share_M, a_share_M = kl_mixture(zp_MP, zq_MP, tokens + row_M, rest, weight, T)
                 p_M += p_share_M
@@ -94,8 +94,8 @@ def linear_kl_forward_kernel(
             for piece in tl.static_range(PIECES):
                 begin = n * N + piece * (N // PIECES)
                 zp_MP, zq_MP, _ = final_logits(
-                    x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V, inverse_M, policy_scale, policy_softcap,
-                    reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
+                    x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V,
+                    inverse_M, policy_scale, policy_softcap, reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
                 )  # fmt: skip
                 p_here_M, q_here_M, column_M, p_gap_M, gap_M = tops(zp_MP, zq_MP, begin, DIRECTION)
                 above_M = p_here_M > p_top_M
@@ -105,8 +105,8 @@ def linear_kl_forward_kernel(
             for piece in tl.static_range(PIECES):
                 begin = n * N + piece * (N // PIECES)
                 zp_MP, zq_MP, _ = final_logits(
-                    x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V, inverse_M, policy_scale, policy_softcap,
-                    reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
+                    x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V,
+                    inverse_M, policy_scale, policy_softcap, reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
                 )  # fmt: skip
                 p_share_M, q_share_M, a_share_M, b_share_M, c_share_M = kl_sums(
                     zp_MP, zq_MP, p_top_M, q_top_M, center_M, DIRECTION
@@ -167,7 +167,9 @@ def linear_kl_backward_kernel(
                 REFERENCE_SOFTCAP, EVEN_V,
             )  # fmt: skip
             g_MP = kl_gradient(zp_MP, zq_MP, tokens + row_M, rest, weight, T, DIRECTION) * slope_MP
-            g_MP, scale_M = take_target(g_MP, tl.where(inside_P, begin + place_P, -2), target_M, row_M, live_M, tokens, weight_entry, T)
+            g_MP, scale_M = take_target(
+                g_MP, tl.where(inside_P, begin + place_P, -2), target_M, row_M, live_M, tokens, weight_entry, T
+            )
             tl.store(out_M[:, None] + place_P[None, :], narrow(g_MP, out.dtype.element_ty), mask=inside_P[None, :])
             if BIAS_SUMS:
                 sums_P = tl.sum(g_MP * scale_M[:, None], 0)
