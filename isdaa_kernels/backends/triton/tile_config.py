@@ -113,7 +113,8 @@ def known_archs() -> list[str]:
 def choose_tile_config(problem: Problem, arch: str, kernel: str = "forward", kind: str = "plain") -> TileConfig:
     """The tile of one fused kernel (`KERNELS`) for `arch`, as in "sm_90" or "gfx942": what `load_tile_configs` brought for exactly
     this (architecture, kernel, kind, dtype, D, V), else the table's. kind: "rich" for a head with bias or softcap, "heads" for two
-    heads, "heads forward" for their log-sum-exps, "unaligned" for a weight whose rows are not contiguous on 16-byte borders, else "plain". Pure apart from that. Raises ValueError for what is unknown."""
+    heads, "heads forward" for their log-sum-exps, "unaligned" for a weight whose rows are not contiguous on 16-byte borders,
+    else "plain". Pure apart from that. Raises ValueError for what is unknown."""
     for name, value, known in (("kernel", kernel, KERNELS), ("kind", kind, _KINDS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

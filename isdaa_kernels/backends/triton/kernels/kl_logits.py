@@ -189,8 +189,8 @@ def kl_combine_kernel(
     lse_gap_M = (p_shift_M.to(tl.float64) - q_shift_M.to(tl.float64)) + (p_log_M - q_log_M)
     n_M = tl.load(rows + first + i_M, mask=live_M, other=0)
     if DIRECTION != JSD:
-        # With E the mean under the base and x = d - center, KL = log E[exp(x)] - E[x], where E[exp(x)] - 1 is E[excess(x)] + E[x]. Where the
-        # divergence is large, or the center far from the difference of the log-sum-exps, the plain formula cancels nothing.
+        # With E the mean under the base and x = d - center, KL = log E[exp(x)] - E[x], where E[exp(x)] - 1 is E[excess(x)] + E[x]. Where
+        # the divergence is large, or the center far from the difference of the log-sum-exps, the plain formula cancels nothing.
         base_sum_M = q_sum_M if DIRECTION == FORWARD else p_sum_M
         mean_M = gap_M / base_sum_M
         center64_M = center_M.to(tl.float64)

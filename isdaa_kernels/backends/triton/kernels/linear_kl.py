@@ -80,7 +80,8 @@ def linear_kl_forward_kernel(
                 begin = n * N + piece * (N // PIECES)
                 zp_MP, zq_MP, _ = final_logits(
                     x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V,
-                    inverse_M, policy_scale, policy_softcap, reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
+                    inverse_M, policy_scale, policy_softcap, reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP,
+                    REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
                 )  # fmt: skip
                 p_share_M, q_share_M, a_share_M = kl_mixture(zp_MP, zq_MP, tokens + row_M, rest, weight, T)
                 p_M += p_share_M
@@ -95,7 +96,8 @@ def linear_kl_forward_kernel(
                 begin = n * N + piece * (N // PIECES)
                 zp_MP, zq_MP, _ = final_logits(
                     x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V,
-                    inverse_M, policy_scale, policy_softcap, reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
+                    inverse_M, policy_scale, policy_softcap, reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP,
+                    REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
                 )  # fmt: skip
                 p_here_M, q_here_M, column_M, p_gap_M, gap_M = tops(zp_MP, zq_MP, begin, DIRECTION)
                 above_M = p_here_M > p_top_M
@@ -106,7 +108,8 @@ def linear_kl_forward_kernel(
                 begin = n * N + piece * (N // PIECES)
                 zp_MP, zq_MP, _ = final_logits(
                     x_pieces[piece], y_pieces[piece], policy_bias, reference_bias, begin + tl.arange(0, N // PIECES), V,
-                    inverse_M, policy_scale, policy_softcap, reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
+                    inverse_M, policy_scale, policy_softcap, reference_scale, reference_softcap, POLICY_BIAS, POLICY_SOFTCAP,
+                    REFERENCE_BIAS, REFERENCE_SOFTCAP, EVEN_V,
                 )  # fmt: skip
                 p_share_M, q_share_M, a_share_M, b_share_M, c_share_M = kl_sums(
                     zp_MP, zq_MP, p_top_M, q_top_M, center_M, DIRECTION
