@@ -21,6 +21,8 @@ __all__ = ["backward", "backward_logits", "describe", "forward", "forward_logits
 
 def refusal(problem: Problem) -> str | None:
     native = extension.native
+    if problem.divergence is not None:
+        return "linear_kl: not on this backend"
     unfit = refusal_of_numbers(problem)
     if unfit is not None:
         return unfit

@@ -44,17 +44,11 @@ def backward(
     with on(hidden_ND.device):
         live = LiveTokens((targets_N != ignore_index) & grad.active(), problem.N)
         targets_N = clean_targets(targets_N, problem.V)
-        sweep = _Sweep(call, hidden_ND, weight_VD, targets_N, Head(transform), live, grad, logprob_N, lse_N)
-        need_hidden, need_weight = problem.need_hidden, problem.need_weight
-        if need_hidden and (sweep.plan.split or not need_weight):
-            d_hidden, _, d_bias = sweep.run(True, False, need_bias and not need_weight, tokens_outside=True)
-            if not need_weight:
-                return d_hidden, None, d_bias
-            return d_hidden, *sweep.run(False, True, need_bias)[1:]
-        return sweep.run(need_hidden, need_weight, need_bias)
+        sweep = Sweep(call, hidden_ND, weight_VD, targets_N, Head(transform), live, grad, logprob_N, lse_N)
+        return sweep.gradients(need_bias)
 
 
-class _Sweep:
+class Sweep:
     """One or two walks over the slabs and chunks of the same backward."""
 
     def __init__(self, call: Call, hidden_ND, weight_VD, targets_N, head, live, grad, logprob_N, lse_N):
@@ -63,9 +57,19 @@ class _Sweep:
         self.head, self.live = head, live
         self.plan = make_plan(call.kernels, call.problem, call.aligned)
         self.tile = call.tile("backward", head.rich) if call.fused else None
+        self.gradient_rows = call.kernels.gradient_rows if self.tile is None else self.tile.M
         self.T = self.plan.token_tile
         self.upstream = Upstream(call.kernels, grad, live, head, logprob_N, lse_N, self.dtype)
         self.order = None
+
+    def gradients(self, need_bias: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        need_hidden, need_weight = self.problem.need_hidden, self.problem.need_weight
+        if need_hidden and (self.plan.split or not need_weight):
+            d_hidden, _, d_bias = self.run(True, False, need_bias and not need_weight, tokens_outside=True)
+            if not need_weight:
+                return d_hidden, None, d_bias
+            return d_hidden, *self.run(False, True, need_bias)[1:]
+        return self.run(need_hidden, need_weight, need_bias)
 
     def run(self, need_hidden: bool, need_weight: bool, need_bias: bool, tokens_outside: bool = False):
         if (need_weight or need_bias) and self.order is None:
@@ -84,7 +88,7 @@ class _Sweep:
         """Yields (slab, chunk, gradient of the product [T, C], its sums over rows [., C] or None), all in buffers of the walk."""
         V, C, device = self.problem.V, self.plan.vocab_tile, self.hidden_ND.device
         x_TC, g_TC = _buffers(self.call, self.T, C, device)
-        rows = ceil_div(self.T, self.kernels.gradient_rows if self.tile is None else self.tile.M)
+        rows = ceil_div(self.T, self.gradient_rows)
         bias_buffer = torch.empty(rows * C, dtype=torch.float32, device=device) if need_bias else None
         slabs, chunks = self.live.slabs(self.T), [(c, min(c + C, V)) for c in range(0, V, C)]
         hidden = HiddenSlab(self.kernels, self.hidden_ND, self.live, self.T, self.dtype)
@@ -97,11 +101,18 @@ class _Sweep:
                 chunk = Chunk(self, span)
             width = span[1] - span[0]
             bias_sums = None if bias_buffer is None else bias_buffer[: rows * width].view(rows, width)
-            if x_TC is None:
-                self._fused(slab, chunk, g_TC[:, :width], bias_sums)
-            else:
-                self._library(slab, chunk, x_TC[:, :width], g_TC[:, :width], bias_sums)
+            logits_TC = None if x_TC is None else x_TC[:, :width]
+            self.gradient(slab, chunk, logits_TC, g_TC[:, :width], bias_sums)
             yield slab, chunk, g_TC[:, :width], bias_sums
+
+    def gradient(
+        self, slab: "Slab", chunk: "Chunk", x_TC: Tensor | None, g_TC: Tensor, bias_sums: Tensor | None
+    ) -> None:
+        """x_TC: a buffer for the library's logits, if it makes them."""
+        if x_TC is None:
+            self._fused(slab, chunk, g_TC, bias_sums)
+        else:
+            self._library(slab, chunk, x_TC, g_TC, bias_sums)
 
     def _fused(self, slab: "Slab", chunk: "Chunk", g_TC: Tensor, bias_sums: Tensor | None) -> None:
         begin, end = chunk.span
@@ -132,7 +143,7 @@ def _buffers(call: Call, T: int, C: int, device: torch.device) -> tuple[Tensor |
 class Slab:
     """T tokens that carry a gradient: their hidden states, targets and coefficients."""
 
-    def __init__(self, sweep: _Sweep, first: int, hidden: HiddenSlab):
+    def __init__(self, sweep: Sweep, first: int, hidden: HiddenSlab):
         self.first, live = first, sweep.live
         rows_T = padded_rows(live, first, sweep.T)
         self.targets_T = sweep.targets_N.index_select(0, rows_T)
@@ -147,7 +158,7 @@ class Slab:
 class Chunk:
     """Vocabulary rows [begin, end), in the dtype of the products."""
 
-    def __init__(self, sweep: _Sweep, span: tuple[int, int]):
+    def __init__(self, sweep: Sweep, span: tuple[int, int]):
         self.span = span
         self.weight_CD = sweep.weight_VD[slice(*span)].to(sweep.dtype)
         self.is_first, self.is_last = span[0] == 0, span[1] == sweep.problem.V

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from isdaa_kernels.backends.gpu.kernels import FusedTile, Kernels, Shapes
 from isdaa_kernels.dispatch import Problem
+from isdaa_kernels.divergence import Model
 from isdaa_kernels.lm_head import Transform
 
 
@@ -17,15 +18,28 @@ def product_dtype(problem: Problem) -> torch.dtype:
     return problem.hidden_dtype if same and problem.hidden_dtype.itemsize == 2 else torch.float32
 
 
+def reference_dtype(problem: Problem) -> torch.dtype:
+    """The same of the reference's products, where two heads are compared."""
+    hidden, weight = problem.divergence.dtypes()
+    return hidden if hidden == weight and hidden.itemsize == 2 else torch.float32
+
+
+def fusable(problem: Problem) -> bool:
+    """Whether all factors have the same 16-bit dtype."""
+    dtypes = {product_dtype(problem)} | (set() if problem.divergence is None else {reference_dtype(problem)})
+    return len(dtypes) == 1 and torch.float32 not in dtypes
+
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCKS = (64, 128, 256)  # of routed gradients: what the partial log-sum-exps add up to, which hold 64 columns each
 
 
 def refusal_of_numbers(problem: Problem) -> str | None:
     """What no kernel set takes, whatever the device."""
+    dtypes = [("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)]
     if problem.divergence is not None:
-        return "linear_kl: not on this backend"
-    for name, dtype in (("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)):
+        dtypes += zip(("the reference's hidden", "the reference's weight"), problem.divergence.dtypes(), strict=True)
+    for name, dtype in dtypes:
         if dtype not in DTYPES:
             return f"takes float16, bfloat16 and float32, not {name} in {dtype}"
     if problem.routed is not None and problem.routed.block not in BLOCKS:
@@ -49,6 +63,10 @@ class Call:
     def of(cls, kernels: Kernels, problem: Problem, weight_VD: Tensor, transform: Transform) -> "Call":
         """Rows in the order of a routed backward's blocks are gathered into an aligned buffer."""
         return cls(kernels, problem, transform.order_V is not None or rows_aligned(weight_VD))
+
+    @classmethod
+    def of_heads(cls, kernels: Kernels, problem: Problem, policy: Model, reference: Model) -> "Call":
+        return cls(kernels, problem, rows_aligned(policy.weight_VD) and rows_aligned(reference.weight_VD))
 
     @cached_property
     def fused(self) -> bool:

@@ -3,7 +3,9 @@
 N tokens, D hidden size, V vocabulary, T tokens of a slab, C vocabulary rows of a chunk.
 """
 
-from isdaa_kernels.backends.gpu.call import Call
+import torch
+
+from isdaa_kernels.backends.gpu.call import Call, reference_dtype
 from isdaa_kernels.backends.gpu.kernels import FusedTile, Shapes
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
@@ -22,6 +24,7 @@ _TOKEN_BYTES = (
 _ROUTED_BYTES = 40  # besides, where gradients are routed: size of the coefficient, block and place of the target, what they are made of
 _ORDER_BYTES = 32  # a vocabulary row: its place in the order of the blocks, bias in that order, mean distribution, sum for the bias
 _PARTIAL_BYTES = 24  # a token and slot: maximum, fp64 sum, three statistics
+_KL_TOKEN_BYTES = 160  # besides, where two heads are compared: four fp64 numbers, coefficients, the targets' entries
 
 
 def forward_shape(call: Call) -> tuple[int, int]:
@@ -54,6 +57,8 @@ def make_plan(kernels: Shapes, problem: Problem, aligned: bool = True) -> Plan:
     every d_weight chunk finished once, d_hidden summed in fp32 beside it (4 D bytes a token); where that does not fit, two passes,
     which recompute the logits twice. Without `max_workspace_mb` nothing is refused.
 
+    A divergence of two heads makes the reference's product beside each of the policy's, and jsd's forward passes twice.
+
     Routed gradients are made in one pass, with vocabulary chunks outside. `units` counts every pair of token and block as routed: it is
     the most that a call can cost. The blocks' masses and the routes, 5 bytes a token and block, are not counted in `bytes`."""
     call = Call(kernels, problem, aligned)
@@ -74,6 +79,10 @@ def make_plan(kernels: Shapes, problem: Problem, aligned: bool = True) -> Plan:
         fit = [shapes[-1]]
     T, C = min(fit, key=lambda shape: _traffic(problem, *shape))
     work = problem.need_hidden + problem.need_weight
+    passes, products = 1 + (2 if split else 1) * (work > 0), 1.0
+    if problem.divergence is not None:
+        passes += problem.divergence.direction == "jsd"
+        products += problem.divergence.reference_D / problem.D
     return Plan(
         backend=kernels.name,
         token_tile=T,
@@ -82,8 +91,13 @@ def make_plan(kernels: Shapes, problem: Problem, aligned: bool = True) -> Plan:
         kept_tokens=0,
         split=split,
         bytes=_bytes(call, T, C, split),
-        units=1.0 + work + (2 if split else 1) * (work > 0),
+        units=passes * products + work,
     )
+
+
+def kl_partial_rows(problem: Problem) -> int:
+    """fp32 numbers a token and slot of `linear_kl`'s forward."""
+    return 10 if problem.divergence.direction == "forward" else 9
 
 
 def weight_rows(problem: Problem, T: int, C: int) -> int:
@@ -130,6 +144,8 @@ def _bytes(call: Call, T: int, C: int, split: bool) -> int:
 
 
 def _fixed_bytes(problem: Problem) -> int:
+    if problem.divergence is not None:
+        return problem.N * (_TOKEN_BYTES + _KL_TOKEN_BYTES)
     if problem.routed is None:
         return problem.N * _TOKEN_BYTES
     return problem.N * (_TOKEN_BYTES + _ROUTED_BYTES) + problem.V * _ORDER_BYTES
@@ -142,7 +158,18 @@ def _tile(call: Call, kernel: str) -> FusedTile | None:
 
 def _forward_bytes(call: Call, T: int, C: int) -> int:
     problem, size = call.problem, call.dtype.itemsize
-    numbers = T * (problem.D + 8) * size + T * fold_slots(call, _tile(call, "forward")) * _PARTIAL_BYTES
+    slots = fold_slots(call, _tile(call, "forward"))
+    if problem.divergence is not None:
+        chunks = _chunk_bytes(problem, C, problem.D, problem.weight_dtype, call.dtype) + (
+            0 if call.fused else T * C * 4
+        )
+        return (
+            _reference_bytes(call, T, C)
+            + T * (problem.D + 8) * size
+            + T * slots * kl_partial_rows(problem) * 4
+            + chunks
+        )
+    numbers = T * (problem.D + 8) * size + T * slots * _PARTIAL_BYTES
     if problem.routed is not None or problem.weight_dtype != call.dtype:
         numbers += C * (problem.D + 8) * size  # rows of the head in another order or dtype
     return numbers if call.fused else numbers + T * C * 4
@@ -160,13 +187,31 @@ def _backward_bytes(call: Call, T: int, C: int, split: bool) -> int:
         numbers += T * problem.D * 4
     if problem.weight_dtype != call.dtype:
         numbers += C * problem.D * size
-    return numbers
+    return numbers if problem.divergence is None else numbers + _reference_bytes(call, T, C)
+
+
+def _reference_bytes(call: Call, T: int, C: int) -> int:
+    """The reference's hidden states of a slab, its rows of a chunk in another dtype, its logits."""
+    divergence, dtype = call.problem.divergence, reference_dtype(call.problem)
+    hidden = T * (divergence.reference_D + 8) * dtype.itemsize
+    rows = _chunk_bytes(call.problem, C, divergence.reference_D, divergence.reference_weight_dtype, dtype)
+    return hidden + rows + (0 if call.fused else T * C * 4)
+
+
+def _chunk_bytes(problem: Problem, C: int, D: int, weight_dtype: torch.dtype, dtype: torch.dtype) -> int:
+    return min(C, problem.V) * D * dtype.itemsize if weight_dtype != dtype else 0
 
 
 def _gradient_bytes(call: Call, T: int, C: int) -> int:
     """A chunk of the gradient, of the logits beside it, and the sums for the bias."""
     tile = _tile(call, "backward")
-    rows = call.kernels.gradient_rows if tile is None else tile.M
+    rows = (
+        tile.M
+        if tile is not None
+        else call.kernels.gradient_rows
+        if call.problem.divergence is None
+        else call.kernels.kl_gradient_rows
+    )
     chunk = (0 if call.fused else 4) + (0 if call.in_place else call.dtype.itemsize)
     return T * C * chunk + ceil_div(T, rows) * C * 4 + 8 * call.problem.V
 

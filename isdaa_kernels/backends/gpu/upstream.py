@@ -12,8 +12,8 @@ from isdaa_kernels.backends.gpu.slabs import Head, LiveTokens
 from isdaa_kernels.stats import TokenGradient
 
 # fp16 holds 2 ** -24 to 2 ** 16: gradients of up to 5 are shifted up, hidden states are left alone.
-_SHIFT = {torch.float16: 12}
-_LEAST_EXPONENT = {torch.float16: 0}
+SHIFT = {torch.float16: 12}
+LEAST_EXPONENT = {torch.float16: 0}
 
 
 class Upstream:
@@ -27,7 +27,7 @@ class Upstream:
         self.terms = [None if term is None else term.float().contiguous() for term in terms]
         self.kernels, self.live, self.head, self.logprob_N, self.lse_N = kernels, live, head, logprob_N, lse_N
         self.scaled = dtype is not None
-        self.shift, self.least = _SHIFT.get(dtype, 0), _LEAST_EXPONENT.get(dtype, -64)
+        self.shift, self.least = SHIFT.get(dtype, 0), LEAST_EXPONENT.get(dtype, -64)
         self.scales_hidden = self.least < 0
         self.top = _top_exponent(self.terms, live, head)
 

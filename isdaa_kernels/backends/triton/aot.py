@@ -18,20 +18,21 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from isdaa_kernels.backends.triton import aot_routed
+from isdaa_kernels.backends.triton import aot_kl, aot_routed
 from isdaa_kernels.backends.triton.aot_variants import (
     Variant,
     full_set,
+    small_kl_set,
     small_routed_set,
     small_set,
 )
-from isdaa_kernels.backends.triton.shapes import CONSTANTS, OPTIONS
-from isdaa_kernels.backends.triton.tile_config import TileConfig, choose_tile_config
+from isdaa_kernels.backends.triton.shapes import CONSTANTS, KL_OPTIONS, OPTIONS
+from isdaa_kernels.backends.triton.tile_config import TileConfig, choose_tile_config, heads_kind
 from isdaa_kernels.dispatch import Problem
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 INSTRUCTION = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-_MATRIX = ("linear_logprob_forward", "linear_logprob_backward", *aot_routed.PRODUCTS)
+_MATRIX = ("linear_logprob_forward", "linear_logprob_backward", *aot_kl.PRODUCTS, *aot_routed.PRODUCTS)
 
 
 @dataclass
@@ -48,7 +49,7 @@ def tile_of(variant: Variant) -> TileConfig:
     dtype = aot_routed.DTYPES[variant.dtype]
     problem = Problem("cuda", dtype, dtype, 8192, 4096, 128256, arch=variant.arch)
     kernel = "backward" if variant.kernel.endswith("backward") else "forward"
-    kind = "rich" if variant.rich else "plain"
+    kind = heads_kind(kernel) if variant.kernel in aot_kl.KERNELS else "rich" if variant.rich else "plain"
     return choose_tile_config(problem, variant.arch, kernel, kind if variant.aligned else "unaligned")
 
 
@@ -62,7 +63,7 @@ def compile_variant(variant: Variant) -> Report:
     kernel, signature, constants, options = _source(variant)
     aligned = [i for i, name in enumerate(kernel.arg_names) if _divisible(name, signature[name], variant)]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=target, options={**OPTIONS, **options})
+    compiled = triton.compile(source, target=target, options=options)
     registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if amd else _nvidia_usage(compiled.asm["cubin"])
     text = compiled.asm["amdgcn" if amd else "ptx"]
     report = Report(variant, registers, spilled, compiled.metadata.shared, INSTRUCTION[variant.arch] in text)
@@ -83,13 +84,23 @@ def _faults(report: Report) -> list[str]:
 
 def _source(variant: Variant):
     """(kernel, signature, constants, options) of a variant: types go by the names of the arguments, which are the same everywhere."""
-    from isdaa_kernels.backends.triton.kernels import logits, products, rest, routed, routes, tokens
+    from isdaa_kernels.backends.triton.kernels import (
+        kl_logits,
+        linear_kl,
+        logits,
+        products,
+        rest,
+        routed,
+        routes,
+        tokens,
+    )
 
     name = f"{variant.kernel}_kernel"
-    kernel = next(
-        getattr(module, name) for module in (products, logits, tokens, routes, routed, rest) if hasattr(module, name)
-    )
+    modules = (products, logits, tokens, routes, routed, rest, linear_kl, kl_logits)
+    kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
     tile = tile_of(variant)
+    if variant.kernel in aot_kl.KERNELS:
+        return _kl_source(variant, kernel, tile)
     fused = variant.kernel.startswith("linear_logprob")
     tma = fused and tile.tma
     types = _pointers(variant)
@@ -99,23 +110,36 @@ def _source(variant: Variant):
     shape = _tile_constants(tile, variant, tma) if fused else CONSTANTS.get(variant.kernel, {})
     routed_constants = aot_routed.constants(variant.kernel, variant.arch, variant.dtype, variant.block, variant.rich)
     constants = {**_flags(variant), **routed_constants, **shape}
-    constants |= {
-        name: None
-        for name, flag in (_OPTIONAL | aot_routed.optional(variant.kernel)).items()
-        if not constants.get(flag, True)
-    }
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    if variant.aligned:
-        constants |= {name: 1 for name in ("stride_weight_d", "stride_v", "stride_d") if name in kernel.arg_names}
-    forgotten = [p.name for p in kernel.params if p.is_constexpr and p.name not in constants]
-    assert not forgotten, f"{variant}: no value for {forgotten}"
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "fp32" if name in _FLOATS else "i32")
-        for name in kernel.arg_names
-    }
     options = aot_routed.options(variant.kernel, variant.arch, variant.dtype, variant.block)
     if fused:
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    optional = _OPTIONAL | aot_routed.optional(variant.kernel)
+    return _complete(variant, kernel, types, constants, optional, OPTIONS | options)
+
+
+def _kl_source(variant: Variant, kernel, tile: TileConfig):
+    types = _pointers(variant) | aot_kl.pointers(variant.kernel, f"*{variant.dtype}", tile, variant.dtype, tile.tma)
+    constants = aot_kl.constants(
+        variant.kernel, variant.direction, variant.mixture, variant.rich, variant.even, tile.tma, tile
+    )
+    return _complete(
+        variant, kernel, types, constants, aot_kl.OPTIONAL, KL_OPTIONS | aot_kl.options(variant.kernel, tile)
+    )
+
+
+def _complete(variant: Variant, kernel, types: dict, constants: dict, optional: dict, options: dict):
+    constants |= {name: None for name, flag in optional.items() if not constants.get(flag, True)}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    if variant.aligned:
+        ones = ("stride_weight_d", "stride_v", "stride_d", "stride_policy_weight_d", "stride_reference_weight_d")
+        constants |= {name: 1 for name in ones if name in kernel.arg_names}
+    forgotten = [p.name for p in kernel.params if p.is_constexpr and p.name not in constants]
+    assert not forgotten, f"{variant}: no value for {forgotten}"
+    floats = aot_kl.FLOATS if variant.kernel in aot_kl.KERNELS else _FLOATS
+    signature = {
+        name: "constexpr" if name in constants else "fp32" if name in floats else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
     return kernel, signature, constants, options
 
 
@@ -159,7 +183,7 @@ def _tile_constants(tile: TileConfig, variant: Variant, tma: bool) -> dict:
 
 def _divisible(name: str, kind: str, variant: Variant) -> bool:
     if kind.startswith("*"):
-        return variant.aligned or name != "weight"
+        return variant.aligned or not name.endswith("weight")
     sizes = (
         "D",
         "V",
@@ -172,6 +196,7 @@ def _divisible(name: str, kind: str, variant: Variant) -> bool:
         "stride_sums",
         "stride_n",
         "C",
+        *aot_kl.SIZES,
     )
     return kind == "i32" and name in sizes and (variant.aligned or name in ("T", "stride_hidden", "stride_out"))
 
@@ -202,7 +227,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file of the reports")
     options = parser.parse_args(arguments)
-    chosen = full_set() if options.all else small_set() + small_routed_set()
+    chosen = full_set() if options.all else small_set() + small_routed_set() + small_kl_set()
     variants = [v for v in chosen if not options.arch or v.arch in options.arch]
     reports = []
     with ProcessPoolExecutor(options.jobs) as pool:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from isdaa_kernels.backends.gpu.call import BLOCKS
-from isdaa_kernels.backends.triton import aot_routed
+from isdaa_kernels.backends.triton import aot_kl, aot_routed
+from isdaa_kernels.divergence import DIRECTIONS
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _DTYPES = ("bf16", "fp16")
@@ -21,6 +22,8 @@ class Variant:
     even: bool = True  # sizes that are multiples of the tile
     aligned: bool = True  # rows of weight on 16-byte borders
     block: int = 128  # of routed gradients
+    direction: str = "reverse"  # of a divergence
+    mixture: bool = False  # the second pass of jsd's forward
 
     def __str__(self) -> str:
         marks = [
@@ -31,6 +34,8 @@ class Variant:
                 ("ragged", not self.even),
                 ("unaligned", not self.aligned),
                 (f"block={self.block}", self.kernel in aot_routed.KERNELS),
+                (self.direction, self.kernel in aot_kl.KERNELS),
+                ("mixture", self.mixture),
             )
             if on
         ]
@@ -65,6 +70,22 @@ def small_routed_set() -> list[Variant]:
     return [*chosen, Variant("route", "sm_90"), Variant("list", "gfx942"), Variant("finish_weight", "sm_90", rich=True)]
 
 
+def small_kl_set() -> list[Variant]:
+    """The same for `linear_kl`: both fused kernels everywhere, each direction and each of the others on one architecture at least."""
+    chosen = [Variant("linear_kl_forward", arch, rich=True, direction="forward") for arch in ARCHS]
+    chosen += [Variant("linear_kl_backward", arch, rich=True, direction="jsd") for arch in ARCHS]
+    chosen += [Variant("linear_kl_forward", "sm_90", rich=True, direction="jsd", mixture=True)]
+    chosen += [Variant("linear_kl_forward", "sm_90"), Variant("linear_kl_backward", "sm_90")]
+    chosen += [Variant("kl_fold_logits", "sm_90", rich=True, direction="forward")]
+    chosen += [Variant("kl_fold_logits", "gfx942", direction="jsd", mixture=True)]
+    chosen += [Variant("kl_gradient_logits", "sm_90", rich=True, direction="jsd")]
+    chosen += [
+        Variant("kl_combine", "sm_90", direction="forward"),
+        Variant("kl_combine_mixture", "sm_80", direction="jsd"),
+    ]
+    return chosen
+
+
 def full_set() -> list[Variant]:
     sizes = ((True, True), (False, True), (False, False))
     flags = [(rich, stats, *size) for rich in (False, True) for stats in (False, True) for size in sizes]
@@ -82,7 +103,8 @@ def full_set() -> list[Variant]:
         for dtype in _DTYPES
         for rich, stats in ((False, False), (True, True))
     ]
-    return fused + others + [v for arch in (*ARCHS, "sm_86") for v in _full_routed(arch)]
+    heads = [v for arch in (*ARCHS, "sm_86") for v in _full_kl(arch)]
+    return fused + others + heads + [v for arch in (*ARCHS, "sm_86") for v in _full_routed(arch)]
 
 
 def _full_routed(arch: str) -> list[Variant]:
@@ -103,3 +125,20 @@ def _full_routed(arch: str) -> list[Variant]:
     sums = [Variant("block_sums", arch, rich=rich, block=block) for rich in (False, True) for block in BLOCKS]
     masses = [Variant("block_mass", arch, block=block) for block in BLOCKS]
     return [*products, *rest, *means, *sums, *masses, Variant("route", arch), Variant("list", arch)]
+
+
+def _full_kl(arch: str) -> list[Variant]:
+    chosen = [Variant("kl_combine", arch, direction=direction) for direction in DIRECTIONS]
+    chosen += [Variant("kl_combine_mixture", arch, direction="jsd")]
+    for kernel in (*aot_kl.PRODUCTS, "kl_fold_logits", "kl_gradient_logits"):
+        passes = [(direction, False) for direction in DIRECTIONS]
+        passes += [("jsd", True)] if kernel in ("linear_kl_forward", "kl_fold_logits") else []
+        sizes = ((True, True), (False, True), (False, False)) if kernel in aot_kl.PRODUCTS else ((True, True),)
+        chosen += [
+            Variant(kernel, arch, dtype, rich, even=even, aligned=aligned, direction=direction, mixture=mixture)
+            for dtype in _DTYPES
+            for rich in (False, True)
+            for even, aligned in sizes
+            for direction, mixture in passes
+        ]
+    return chosen

@@ -3,7 +3,6 @@
 T tokens of a slab, C vocabulary rows of a chunk, D hidden size, V vocabulary, N tokens of the call, S slots of partial results.
 """
 
-import torch
 import triton
 from torch import Tensor
 from triton import cdiv
@@ -18,13 +17,14 @@ from isdaa_kernels.backends.triton.kernels.tokens import (
     gather_kernel,
     token_kernel,
 )
+from isdaa_kernels.backends.triton.launch_kl import KlKernels
 from isdaa_kernels.backends.triton.launch_routed import RoutedKernels
 from isdaa_kernels.backends.triton.routed_tiles import SLOT_COLUMNS, SLOT_ROWS
-from isdaa_kernels.backends.triton.shapes import CONSTANTS, OPTIONS, TritonShapes, multiprocessors
+from isdaa_kernels.backends.triton.shapes import CONSTANTS, OPTIONS, TritonShapes, programs
 from isdaa_kernels.backends.triton.tile_config import TileConfig
 
 
-class TritonKernels(TritonShapes, RoutedKernels):
+class TritonKernels(TritonShapes, RoutedKernels, KlKernels):
     def gather(self, *, hidden, rows, count, scale, out, first) -> None:
         (T, D), shape = out.shape, CONSTANTS["gather"]
         gather_kernel[(cdiv(T, shape["M"]), cdiv(D, shape["K"]))](
@@ -89,7 +89,7 @@ class TritonKernels(TritonShapes, RoutedKernels):
 
     def linear_logprob_forward(self, *, hidden, weight, bias, softcap, tile, **arguments) -> None:
         tiles = cdiv(len(hidden), tile.M) * cdiv(len(weight), tile.N)
-        linear_logprob_forward_kernel[_programs(tile, tiles, hidden.device)](
+        linear_logprob_forward_kernel[programs(tile, tiles, hidden.device)](
             bias=bias, T=len(hidden), HAS_BIAS=bias is not None, **arguments, **_softcap(softcap), **_wanted(arguments),
             **_factors(tile, hidden, weight),
         )  # fmt: skip
@@ -98,7 +98,7 @@ class TritonKernels(TritonShapes, RoutedKernels):
         self, *, hidden, weight, bias, out, bias_sums, softcap, log_prob, flat, tile, **arguments
     ) -> None:  # fmt: skip
         tiles = cdiv(len(hidden), tile.M) * cdiv(arguments["end"] - arguments["begin"], tile.N)
-        linear_logprob_backward_kernel[_programs(tile, tiles, hidden.device)](
+        linear_logprob_backward_kernel[programs(tile, tiles, hidden.device)](
             bias=bias, out=out, bias_sums=bias_sums, T=len(hidden), stride_out=out.stride(0), HAS_BIAS=bias is not None,
             BIAS_SUMS=bias_sums is not None, LOG_PROB=log_prob, FLAT=flat, **arguments, **_softcap(softcap),
             **_factors(tile, hidden, weight),
@@ -131,7 +131,3 @@ def _factors(tile: TileConfig, hidden_TD: Tensor, weight_CD: Tensor) -> dict:
         "M": tile.M, "N": tile.N, "K": tile.K, "GROUP": tile.group, "PIECES": tile.pieces, "FLATTEN": tile.flatten,
         "SPECIALIZE": tile.specialize, "num_warps": tile.num_warps, "num_stages": tile.num_stages, **OPTIONS,
     }  # fmt: skip
-
-
-def _programs(tile: TileConfig, tiles: int, device: torch.device) -> tuple[int]:
-    return (max(1, min(tiles, multiprocessors(device) * tile.programs)),)

@@ -7,7 +7,7 @@ depend on its batch. M tokens and N vocabulary rows of a tile, K a step along th
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from isdaa_kernels.dispatch import Problem
@@ -53,10 +53,27 @@ _RICH = _PLAIN | {
     "sm_100": TileConfig(128, 128, 64, num_warps=8, num_stages=4, pieces=2, tma=True),
     "gfx942": TileConfig(128, 128, 64, num_warps=4, num_stages=2, pieces=2),
 }
+# Two heads: two accumulators of 128 x 128 take the registers of one of 128 x 256, and the forward's sums want twice the room that the
+# gradient wants. What follows the products is made in pieces (`heads_pieces`) of one slot.
+_HEADS = {
+    "sm_80": TileConfig(128, 128, 64, num_warps=8, num_stages=3),
+    "sm_86": TileConfig(128, 128, 64, num_warps=8, num_stages=2),
+    "sm_90": TileConfig(128, 128, 64, num_warps=8, num_stages=4, tma=True),
+    "sm_100": TileConfig(128, 128, 64, num_warps=8, num_stages=4, tma=True),
+    "gfx942": TileConfig(128, 64, 64, num_warps=4, num_stages=2),
+    "interpreter": TileConfig(32, 64, 32, num_warps=8, num_stages=1, programs=2),
+}
+_HEADS_FORWARD = {arch: replace(tile, N=64) if arch != "interpreter" else tile for arch, tile in _HEADS.items()}
 # Rows of weight off 16-byte borders: every load is a few bytes wide and its address takes registers.
 _UNALIGNED = {arch: TileConfig(128, 64, 32, num_warps=8, num_stages=2) for arch in _PLAIN}
 _UNALIGNED["interpreter"] = _PLAIN["interpreter"]
-_KINDS = {"plain": _PLAIN, "rich": _RICH, "unaligned": _UNALIGNED}
+_KINDS = {
+    "plain": _PLAIN,
+    "rich": _RICH,
+    "heads": _HEADS,
+    "heads forward": _HEADS_FORWARD,
+    "unaligned": _UNALIGNED,
+}
 _FAMILY = {
     "sm_87": "sm_80",
     "sm_89": "sm_86",
@@ -67,6 +84,15 @@ _FAMILY = {
 }
 _FAMILY |= {"gfx90a": "gfx942", "gfx950": "gfx942"}
 _overrides: dict[str, TileConfig] = {}
+
+
+def heads_kind(kernel: str) -> str:
+    return "heads forward" if kernel == "forward" else "heads"
+
+
+def heads_pieces(tile: TileConfig) -> int:
+    """Pieces of the columns of a tile of two heads, one after the other: fewer registers where 8 warps share them."""
+    return max(1, tile.N // 32) if tile.num_warps > 4 else 1
 
 
 def family(arch: str) -> str | None:
@@ -86,8 +112,9 @@ def known_archs() -> list[str]:
 
 def choose_tile_config(problem: Problem, arch: str, kernel: str = "forward", kind: str = "plain") -> TileConfig:
     """The tile of one fused kernel (`KERNELS`) for `arch`, as in "sm_90" or "gfx942": what `load_tile_configs` brought for exactly
-    this (architecture, kernel, kind, dtype, D, V), else the table's. kind: "rich" for a head with bias or softcap, "unaligned" for a
-    weight whose rows are not contiguous on 16-byte borders, else "plain". Pure apart from that. Raises ValueError for what is unknown."""
+    this (architecture, kernel, kind, dtype, D, V), else the table's. kind: "rich" for a head with bias or softcap, "heads" for two
+    heads, "heads forward" for their log-sum-exps, "unaligned" for a weight whose rows are not contiguous on 16-byte borders,
+    else "plain". Pure apart from that. Raises ValueError for what is unknown."""
     for name, value, known in (("kernel", kernel, KERNELS), ("kind", kind, _KINDS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

@@ -115,11 +115,11 @@ def linear_logprob_backward_kernel(
             if BIAS_SUMS:
                 sums_P = tl.sum(g_MP * tl.load(token_M + 7 * T)[:, None], 0)
                 tl.store(bias_sums + m.to(tl.int64) * (end - begin) + place_P, sums_P, mask=inside_P)
-    _zero_behind(out, tiles_m * M, T, end - begin, stride_out, N)
+    zero_behind(out, tiles_m * M, T, end - begin, stride_out, N)
 
 
 @triton.jit
-def _zero_behind(out, begin, T, C, stride_out, N: tl.constexpr):
+def zero_behind(out, begin, T, C, stride_out, N: tl.constexpr):
     """Rows [begin, T) of out [T, C]: a library product reads them all."""
     columns = tl.cdiv(C, N)
     for place in tl.range(tl.program_id(0), (T - begin) * columns, tl.num_programs(0)):
