@@ -79,7 +79,7 @@ struct KlMixture {
   const double* numbers;             // [kKlNumbers, N], of which the mean is not read
   float* policy_part;     // [S, T] of KL(p || m), as the next
   float* reference_part;  // of KL(q || m)
-  float* mean_part;       // of sum of p log(p / m)
+  double* mean_part;      // of sum of p log(p / m): where p is nearly 1 the gradient takes this from the same logarithm
   int64_t first, T, N, begin, end, stride_policy, stride_reference;
   float policy_scale, policy_softcap, reference_scale, reference_softcap;
   double jsd_weight;
@@ -93,7 +93,7 @@ struct KlMixture {
 struct KlMixtureSum {
   const float* policy_part;  // [S, T], as the next
   const float* reference_part;
-  const float* mean_part;
+  const double* mean_part;
   const int64_t* rows;   // [L]
   const int32_t* count;  // [1]
   float* divergence;     // [N]

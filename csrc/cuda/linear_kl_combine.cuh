@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kKlTokens) linear_kl_mixture_sum_kernel(const 
   for (int64_t s = 0; s < p.S; ++s) {
     policy += (double)p.policy_part[s * p.T + i];
     reference += (double)p.reference_part[s * p.T + i];
-    mean += (double)p.mean_part[s * p.T + i];
+    mean += p.mean_part[s * p.T + i];
   }
   const int64_t n = p.rows[p.first + i];
   p.divergence[n] = (float)((1.0 - p.jsd_weight) * policy + p.jsd_weight * reference);

@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kKlThreads) linear_kl_fold_kernel(const __grid
 
 template <bool kWide>
 __global__ void __launch_bounds__(kKlThreads) linear_kl_mixture_kernel(const __grid_constant__ KlMixture p) {
-  __shared__ float shared_sums[3 * kKlThreads / kWarp];
+  __shared__ float shared_sums[2 * kKlThreads / kWarp];
+  __shared__ double shared_mean[kKlThreads / kWarp];
   const int64_t row = blockIdx.x, slot = (int64_t)blockIdx.y * kKlColumns;
   if (p.first + row >= *p.count) return;
   const int64_t n = p.rows[p.first + row];
@@ -94,7 +95,8 @@ __global__ void __launch_bounds__(kKlThreads) linear_kl_mixture_kernel(const __g
   const Halves policy_lse(p.numbers[kPolicyLse * p.N + n]), reference_lse(p.numbers[kReferenceLse * p.N + n]);
   const Halves lse_gap(p.numbers[kLseGap * p.N + n]);
   const Mixture mixture(p.jsd_weight);
-  float sums[3] = {};
+  float sums[2] = {};
+  double mean = 0.0;
 #pragma unroll
   for (int k = 0; k < kKlCount; ++k) {
     float over_p, over_q;
@@ -103,14 +105,15 @@ __global__ void __launch_bounds__(kKlThreads) linear_kl_mixture_kernel(const __g
     const float m = mixture.rest * pj + mixture.weight * qj;
     sums[0] += mixture_term(pj, m, over_p);
     sums[1] += mixture_term(qj, m, over_q);
-    sums[2] -= pj == 0.0f ? 0.0f : pj * over_p;
+    mean -= pj == 0.0f ? 0.0 : (double)(pj * over_p);
   }
   group_sums<kKlThreads>(sums, shared_sums);
+  mean = block_sum<kKlThreads>(mean, shared_mean);
   if (threadIdx.x) return;
   const int64_t place = (p.begin / kKlColumns + blockIdx.y) * p.T + row;
   p.policy_part[place] = sums[0];
   p.reference_part[place] = sums[1];
-  p.mean_part[place] = sums[2];
+  p.mean_part[place] = mean;
 }
 
 }  // namespace isdaa

@@ -9,8 +9,7 @@ namespace isdaa {
 struct KlEntry {
   int32_t direction;
   Mixture mixture;
-  Halves policy_lse, reference_lse, less;  // less: of log(p / q) + the difference of the log-sum-exps
-  float mean;
+  Halves policy_lse, reference_lse, less, mean;  // less: of log(p / q) + the difference of the log-sum-exps
 
   __device__ __forceinline__ KlEntry(const KlGradient& p, int64_t n)
       : direction(p.direction),
@@ -18,7 +17,7 @@ struct KlEntry {
         policy_lse(p.numbers[kPolicyLse * p.N + n]),
         reference_lse(p.numbers[kReferenceLse * p.N + n]),
         less(p.numbers[kLseGap * p.N + n] + (p.direction == kKlReverse ? p.numbers[kKlMean * p.N + n] : 0.0)),
-        mean((float)p.numbers[kKlMean * p.N + n]) {}
+        mean(p.numbers[kKlMean * p.N + n]) {}
 
   __device__ __forceinline__ float operator()(float policy, float reference) const {
     const float pj = exponential(policy_lse.below(policy)), r = less.below(Difference(policy, reference));
@@ -30,7 +29,7 @@ struct KlEntry {
     if (direction == kKlReverse) return pj * r;
     float over_p, over_q;
     mixture(r, over_p, over_q);
-    return mixture.rest * pj * (-over_p - mean);
+    return mixture.rest * pj * mean.below(-over_p);
   }
 };
 

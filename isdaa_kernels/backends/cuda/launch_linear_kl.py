@@ -120,5 +120,5 @@ def fold_buffers(T: int, V: int, jsd: bool, device: torch.device) -> dict[str, T
 def mixture_buffers(T: int, V: int, device: torch.device) -> dict[str, Tensor]:
     """Those of `mixture`."""
     S = ceil_div(V, SLOT_COLUMNS)
-    names = ("policy_part", "reference_part", "mean_part")
-    return {name: torch.empty(S, T, dtype=torch.float32, device=device) for name in names}
+    dtypes = {"policy_part": torch.float32, "reference_part": torch.float32, "mean_part": torch.float64}
+    return {name: torch.empty(S, T, dtype=dtype, device=device) for name, dtype in dtypes.items()}

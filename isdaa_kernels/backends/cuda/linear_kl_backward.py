@@ -47,9 +47,9 @@ def backward(
 
 
 def _bounded(problem: Problem, grad_N: Tensor, numbers_4N: Tensor) -> TokenGradient:
-    """The coefficients, in the place of those of log p; and in the place of those of the log-probs what bounds the gradient of z, by which
-    a token is scaled. Forward |p - q| <= 1. Reverse p |log(p / q) - KL| <= KL + 1 / e: the terms p log(p / q) add up to KL, and the negative
-    ones among them to no less than -1 / e. jsd likewise, where (1 - w) KL(p || m) <= -(1 - w) log(1 - w) <= 1 / e."""
+    """The coefficients, in the place of those of log p; and in the place of those of the log-probs what bounds the gradient of z, by
+    which a token is scaled. Forward |p - q| <= 1. Reverse p |log(p / q) - KL| <= KL + 1 / e: the terms p log(p / q) add up to KL, and the
+    negative ones to no less than -1 / e. jsd likewise, where (1 - w) KL(p || m) <= -(1 - w) log(1 - w) <= 1 / e."""
     grad_N = grad_N.float()
     reverse = problem.divergence.direction == "reverse"
     return TokenGradient(grad_N * (numbers_4N[3].float() + 1) if reverse else grad_N, log_prob_N=grad_N)
@@ -116,7 +116,7 @@ class _Sweep:
             for model, side in zip(self.models, self.sides, strict=True)
         )
         rows = ceil_div(self.T, BIAS_ROWS)
-        bias_buffer = policy.buffer.new_empty(rows * C) if need_bias else None
+        bias_buffer = torch.empty(rows * C, dtype=torch.float32, device=policy.buffer.device) if need_bias else None
         slabs, chunks = self.live.slabs(self.T), [(c, min(c + C, V)) for c in range(0, V, C)]
         slab = None
         for first, span in pairs(slabs, chunks) if tokens_outside else ((s, c) for c, s in pairs(chunks, slabs)):
