@@ -11,7 +11,7 @@ from gpu_backends import DEVICE
 from test_linear_kl import DTYPES, HEADS, KINDS, NAMES, PLAIN, Pair, dense, dense_masked, make_pair
 from test_linear_kl import ours as ours_of
 
-from isdaa_kernels import LMHead, NoBackend, explain_backends, linear_kl, ops, plan
+from isdaa_kernels import LMHead, NoBackend, check, explain_backends, linear_kl, ops, plan
 from isdaa_kernels.backends import cuda
 from isdaa_kernels.backends.cuda import extension, linear_kl_backward, linear_kl_plan
 from isdaa_kernels.backends.cuda import linear_kl as cuda_linear_kl
@@ -21,6 +21,7 @@ from isdaa_kernels.divergence import Divergence
 from isdaa_kernels.testing import FlopCounter, assert_error_contract, poisoned_empty, relative_error
 
 STEP = 128 if DEVICE == "cpu" else 256  # of tokens in a slab of the backward
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and extension.native is None, reason="a GPU, but no compiled part")
 on_the_host = pytest.mark.skipif(DEVICE == "cuda", reason="what is counted or walled in here are tensors of the CPU")
 
 
@@ -361,7 +362,7 @@ def test_a_target_outside_the_vocabulary():
     assert d_weight.isnan().any()
     assert torch.equal(value[others], clean[0][others])
     with pytest.raises(ValueError, match="targets: 30 at index 2"):
-        __import__("isdaa_kernels").check()
+        check()
 
 
 def test_more_scored_tokens_than_promised():

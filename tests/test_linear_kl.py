@@ -1,6 +1,7 @@
 """Values and every gradient of linear_kl, on each backend, against fp64 autograd over dense logits; extremes; its numerics contract."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -662,9 +663,12 @@ def test_gpu_backends_refuse_and_say_so():
     problem = Problem("cpu", torch.float32, torch.float32, 1, 1, 1,
                       divergence=Divergence("jsd", 0.5, 1, torch.float32, torch.float32))  # fmt: skip
     lines = dict(line.split(": ", 1) for line in explain_backends(problem).splitlines())
-    for name in ("triton", "cuda"):
-        assert lines[name].endswith("refuses: linear_kl: not on this backend")
-        with pytest.raises(NoBackend, match=f"backend '{name}' refuses: linear_kl: not on this backend"):
+    for name, reason in (
+        ("triton", "linear_kl: not on this backend"),
+        ("cuda", "the compiled part is missing|takes tensors on NVIDIA"),
+    ):
+        assert re.search(f"refuses: ({reason})", lines[name])
+        with pytest.raises(NoBackend, match=f"backend '{name}' refuses: ({reason})"):
             ours(make_pair(3, 4, 5), name, direction="forward")
     assert all(lines[name].endswith("takes it") for name in BACKENDS)
 

@@ -2,7 +2,7 @@
 
 Same passes as the Triton backend (`backends.gpu`), same contracts. On sm_90 the logits' products are fused with what follows them;
 elsewhere the library makes them, chunk by chunk, and one read of each turns them into log-sum-exps or into 16-bit gradients in their
-place. Needs `isdaa_kernels._cuda`, which `pip install` builds where it finds nvcc.
+place, as it does everywhere for `linear_kl`. Needs `isdaa_kernels._cuda`, which `pip install` builds where it finds nvcc.
 """
 
 from torch import Tensor
