@@ -239,6 +239,20 @@ def test_small_divergences_keep_their_digits(kind, distance, most):
     assert_error_contract("d_hidden", found[1], plain[1], truth[1])
 
 
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_few_rows_far_apart_in_a_small_divergence(kind):
+    """Their terms are not of the form that small ones have; in both slots."""
+    pair = make_pair(12, 16, 2500, distance=1e-3)
+    bias = pair.reference_head.bias.clone()
+    bias[100:110] += 1.0
+    bias[2100:2110] -= 2.0
+    pair.reference_head = replace(pair.reference_head, bias=bias)
+    found, truth = without_head(pair, **KINDS[kind]), dense(pair, torch.float64, **KINDS[kind])
+    assert truth[0].median() < 0.1
+    assert relative_error(found[0], truth[0]) < 2e-6
+    assert_error_contract("d_hidden", found[1], dense(pair, **KINDS[kind])[1], truth[1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [30.0, 1e4])
 def test_sharp_policies_and_large_logits(kind, scale):
