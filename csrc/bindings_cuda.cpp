@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cuda/host.h"
+#include "cuda/linear_kl.h"
 #include "cuda/linear_logprob_hopper.h"
 #include "cuda/pair_loss.h"
 #include "cuda/rest.h"
@@ -69,6 +70,11 @@ PYBIND11_MODULE(_cuda, m) {
   bind(m, "token", &token);
   bind(m, "finish_hidden", &finish_hidden);
   bind(m, "finish_weight", &finish_weight);
+  bind(m, "linear_kl_fold", &linear_kl_fold);
+  bind(m, "linear_kl_combine", &linear_kl_combine);
+  bind(m, "linear_kl_mixture", &linear_kl_mixture);
+  bind(m, "linear_kl_mixture_sum", &linear_kl_mixture_sum);
+  bind(m, "linear_kl_gradient", &linear_kl_gradient);
   bind(m, "pair_loss_forward", &pair_loss_forward);
   bind(m, "pair_loss_backward", &pair_loss_backward);
   bind(m, "block_mass", &block_mass);

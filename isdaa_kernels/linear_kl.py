@@ -42,8 +42,8 @@ def linear_kl(
 
     with logits as in `linear_logprob`, in fp32. Neither head's logits [..., V] are ever allocated: they exist one tile at a time, in
     fp32 (fp64 for fp64 inputs). One pass over both heads forward, one backward; jsd, which needs both log-sum-exps before its first
-    term, has a tile span the vocabulary where the workspace allows that (by default 128 tokens or more), else, and on GPUs always, it
-    passes twice.
+    term, has a tile span the vocabulary where the workspace allows that (by default 128 tokens or more; on CUDA 256 or more in up to
+    256 MiB), else, and with Triton always, it passes twice.
 
     Only the policy's hidden states, weight and bias have a gradient; which of them need one is respected, and the reference's never
     do. With p, q, m the probabilities and z the policy's final logits,

@@ -52,7 +52,8 @@ def test_every_kernel_was_built_for_every_architecture(resources):
     everywhere = set.intersection(*map(set, resources.values()))
     for stem in ("fold_logits", "gradient_logits", "gather", "combine", "token", "finish_hidden", "finish_weight", "block_mass", "route",
                  "list_tokens", "routed_gradient", "routed_weight", "routed_hidden", "rest_weight", "rest_hidden", "block_sums",
-                 "block_mean", "pair_loss"):  # fmt: skip
+                 "block_mean", "pair_loss", "linear_kl_fold", "linear_kl_combine", "linear_kl_mixture", "linear_kl_mixture_sum",
+                 "linear_kl_gradient"):  # fmt: skip
         mangled = re.compile(rf"\d{stem}(_\w+)?_kernel")
         assert any(mangled.search(name) for name in everywhere), stem
     for arch in archs - {"sm_90a"}:

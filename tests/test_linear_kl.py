@@ -1,6 +1,7 @@
 """Values and every gradient of linear_kl, on each backend, against fp64 autograd over dense logits; extremes; its numerics contract."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -658,12 +659,13 @@ def test_output_used_twice_and_graph_kept():
     assert torch.allclose(hidden.grad, 2 * first, rtol=1e-5, atol=1e-6)
 
 
-def test_gpu_backends_refuse_and_say_so():
+def test_cuda_refuses_and_says_so():
     problem = Problem("cpu", torch.float32, torch.float32, 1, 1, 1,
                       divergence=Divergence("jsd", 0.5, 1, torch.float32, torch.float32))  # fmt: skip
     lines = dict(line.split(": ", 1) for line in explain_backends(problem).splitlines())
-    assert lines["cuda"].endswith("refuses: linear_kl: not on this backend")
-    with pytest.raises(NoBackend, match="backend 'cuda' refuses: linear_kl: not on this backend"):
+    reason = "the compiled part is missing|takes tensors on NVIDIA"
+    assert re.search(f"refuses: ({reason})", lines["cuda"])
+    with pytest.raises(NoBackend, match=f"backend 'cuda' refuses: ({reason})"):
         ours(make_pair(3, 4, 5), "cuda", direction="forward")
     assert all(lines[name].endswith("takes it") for name in BACKENDS)
 

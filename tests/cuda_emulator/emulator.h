@@ -322,6 +322,7 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __uint_as_float(unsigned x) { return ::isdaa::from_bits(x); }
 inline unsigned __float_as_uint(float x) { return ::isdaa::to_bits(x); }
 inline int __float_as_int(float x) { return (int)::isdaa::to_bits(x); }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline double __longlong_as_double(long long x) {
   double y;
   std::memcpy(&y, &x, sizeof y);

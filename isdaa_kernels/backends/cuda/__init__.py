@@ -2,13 +2,14 @@
 
 Same passes as the Triton backend (`backends.gpu`), same contracts. On sm_90 the logits' products are fused with what follows them;
 elsewhere the library makes them, chunk by chunk, and one read of each turns them into log-sum-exps or into 16-bit gradients in their
-place. Needs `isdaa_kernels._cuda`, which `pip install` builds where it finds nvcc.
+place, as it does everywhere for `linear_kl`. Needs `isdaa_kernels._cuda`, which `pip install` builds where it finds nvcc.
 """
 
 from torch import Tensor
 
 from isdaa_kernels.backends.cuda import extension
 from isdaa_kernels.backends.cuda.launch import CudaKernels
+from isdaa_kernels.backends.cuda.linear_kl_plan import sides
 from isdaa_kernels.backends.cuda.shapes import CudaShapes
 from isdaa_kernels.backends.gpu import backward_pass, forward_pass, logits_pass, plan
 from isdaa_kernels.backends.gpu.call import refusal_of_numbers
@@ -21,9 +22,7 @@ __all__ = ["backward", "backward_logits", "describe", "forward", "forward_logits
 
 def refusal(problem: Problem) -> str | None:
     native = extension.native
-    if problem.divergence is not None:
-        return "linear_kl: not on this backend"
-    unfit = refusal_of_numbers(problem)
+    unfit = refusal_of_numbers(problem) if problem.divergence is None else _refusal_of_sides(problem)
     if unfit is not None:
         return unfit
     if native is None:
@@ -39,6 +38,14 @@ def refusal(problem: Problem) -> str | None:
     if not problem.arch.startswith("sm_") or not extension.runs_on(problem.arch):
         return f"was built for sm_{', sm_'.join(extension.archs())}, not for {problem.arch}"
     return torch_too_old()
+
+
+def _refusal_of_sides(problem: Problem) -> str | None:
+    for name, side in zip(("policy", "reference"), sides(problem), strict=True):
+        unfit = refusal_of_numbers(side.problem)
+        if unfit is not None:
+            return f"linear_kl: of the {name}, {unfit}"
+    return None
 
 
 def describe() -> str:
