@@ -67,6 +67,25 @@ def test_preference_training_gets_our_head_until_the_model_is_unloaded(axolotl, 
     assert heads() == ["theirs", "theirs"]
 
 
+def test_what_a_run_that_failed_has_left_is_undone_by_the_next(axolotl):
+    model = make_model()
+    axolotl.ISDAAPlugin().pre_model_load(Config(rl=RL.DPO))  # and no more of it
+    plugin = axolotl.ISDAAPlugin()
+    with pytest.raises(NotImplementedError, match="got 'grpo'"):
+        plugin.pre_model_load(Config(rl=RL.GRPO))
+    assert heads() == ["theirs", "theirs"]
+    plugin.pre_model_load(Config(rl=RL.DPO))
+    with pytest.raises(ValueError, match="dpo_use_liger_kernel"):
+        plugin.pre_model_load(Config(rl=RL.DPO, dpo_use_liger_kernel=False))
+    plugin.pre_model_load(Config())
+    plugin.post_model_load(Config(), model)
+    plugin.pre_model_load(Config(rl=RL.KTO))
+    assert "forward" not in vars(model)
+    assert "theirs" not in heads()
+    plugin.pre_model_load(Config(isdaa_kernels=False))
+    assert heads() == ["theirs", "theirs"]
+
+
 def test_liger_s_own_kernels_stay_where_they_were_asked_for(axolotl):
     assert axolotl.ISDAAPlugin().get_training_args(Config(rl=RL.DPO, dpo_use_liger_kernel=True)) is None
 
@@ -102,6 +121,9 @@ def test_switched_off_it_does_nothing(axolotl):
         ({"process_reward_model": True}, NotImplementedError, "process_reward_model: "),
         ({"rl": RL.DPO, "dpo_use_liger_kernel": False}, ValueError, "dpo_use_liger_kernel: expected true or nothing"),
         ({"isdaa_tolerance": 1e-3}, ValueError, "isdaa_tolerance: expected isdaa_gradient: routed"),
+        ({"isdaa_backend": "nope"}, ValueError, "isdaa_backend: expected one of"),
+        ({"rl": RL.DPO, "isdaa_max_workspace_mb": -1.0}, ValueError, "isdaa_max_workspace_mb: expected"),
+        ({"isdaa_gradient": "routed", "isdaa_tolerance": -1.0}, ValueError, "isdaa_tolerance: expected"),
     ],
 )
 def test_what_is_not_supported_raises(axolotl, settings, error, message):
@@ -112,7 +134,7 @@ def test_what_is_not_supported_raises(axolotl, settings, error, message):
 @pytest.mark.parametrize("package", ["axolotl", "trl"])
 def test_another_version_raises(axolotl, monkeypatch, package):
     monkeypatch.setattr("isdaa_kernels.integrations.patching.version", {**VERSIONS, package: "9.9"}.__getitem__)
-    with pytest.raises(ImportError, match=rf"{package}: expected version .*, got 9\.9"):
+    with pytest.raises(ImportError, match=rf"{package}: expected version .*, got 9\.9; pass isdaa_any_version: true"):
         axolotl.ISDAAPlugin().pre_model_load(Config(rl=RL.DPO))
     plugin = axolotl.ISDAAPlugin()
     plugin.pre_model_load(Config(rl=RL.DPO, isdaa_any_version=True))

@@ -3,7 +3,9 @@
 The library itself is not installed here: tests/check_llama_factory.py runs its stages with and without the patch where it is.
 """
 
+import gc
 import sys
+import weakref
 from contextlib import nullcontext
 from importlib import metadata
 from types import ModuleType, SimpleNamespace
@@ -263,6 +265,52 @@ def test_sft_under_accelerate_s_autocast(library):
         assert not hasattr(output.logits, "shape")
         torch.testing.assert_close(loss.float(), expected.float(), rtol=1e-2, atol=1e-2)
         assert trainer.prediction_step(model.eval(), batch, False)[1].logits.shape == (4, 9, 200)
+
+
+def test_models_are_freed_with_their_trainers(library):
+    with patch_llama_factory() as patch:
+        alive = []
+        for _ in range(2):
+            trainer = make_library_trainer(library["sft"], make_model())
+            alive.append(weakref.ref(trainer.model))
+        model = trainer.model
+        del trainer
+        gc.collect()
+        assert [found() for found in alive] == [None, model]
+        assert list(patch.losses.patches) == [id(model)]
+    assert "forward" not in vars(model)
+
+
+def test_a_second_trainer_of_a_model(library):
+    """As for a stage after the first, when Accelerate has wrapped the forward for that."""
+    batch, model = make_batch(), make_model()
+    expected = model(**batch)
+    with patch_llama_factory():
+        make_library_trainer(library["pt"], model)
+        wrapped = model.forward = torch.autocast("cpu", torch.bfloat16, enabled=False)(model.forward)
+        trainer = make_library_trainer(library["sft"], model)
+        loss, output = trainer.compute_loss(model.train(), batch, True)
+        torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-6)
+        assert not hasattr(output.logits, "shape")
+        assert trainer.prediction_step(model.eval(), batch, False)[1].logits.shape == (4, 9, 200)
+    assert model.forward is wrapped  # Accelerate's, and the model's own in it
+    assert torch.equal(model(**batch).logits, expected.logits)
+    assert "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"gradient": "fast"}, "gradient"),
+        ({"backend": "nope"}, "backend"),
+        ({"max_workspace_mb": 0}, "max_workspace_mb"),
+    ],
+)
+def test_settings_that_are_refused(library, settings, name):
+    before = dict(vars(library["dpo"]))
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        patch_llama_factory(**settings)
+    assert dict(vars(library["dpo"])) == before
 
 
 OPTIONS = ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "label_smoothing_factor")

@@ -1,12 +1,15 @@
 """A patch is applied whole, once, and leaves nothing behind."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
+import torch
 
+from isdaa_kernels import Routed, VocabOrder
 from isdaa_kernels.integrations import patching
-from isdaa_kernels.integrations.patching import Patch, check_version
+from isdaa_kernels.integrations.patching import Patch, check_kernel, check_version
 
 
 class Owner:
@@ -75,12 +78,79 @@ def test_an_attribute_that_is_not_there():
     assert owner.a == 1
 
 
+class ReadOnly:
+    fixed = property(lambda self: 3)
+
+
+class NoWeakReference:
+    __slots__ = ("__dict__",)
+
+
+@pytest.mark.parametrize(
+    ("other", "attribute", "error"), [(ReadOnly(), "fixed", AttributeError), (NoWeakReference(), "b", TypeError)]
+)
+def test_a_patch_that_cannot_be_applied_changes_nothing(other, attribute, error):
+    owner = Owner(a=1)
+    vars(other)["b"] = 2
+    with pytest.raises(error):
+        Patch((owner, "a", 10), (other, attribute, 20))
+    assert (owner.a, other.b) == (1, 2)
+    Patch((owner, "a", 10)).undo()
+
+
+def test_undo_leaves_what_was_put_in_place_of_ours():
+    owner = Owner(a=1, b=2, c=3)
+    patch = Patch((owner, "a", 10), (owner, "b", 20), (owner, "c", 30))
+    owner.b = 200
+    del owner.c
+    with pytest.warns(RuntimeWarning, match=r"Owner\.c, Owner\.b: changed since it was patched"):
+        patch.undo()
+    assert vars(owner) == {"a": 1, "b": 200}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.undo()
+        with Patch((owner, "b", 20)):
+            owner.b = 200  # as it was
+    assert owner.b == 200
+
+
+def test_undo_of_an_inherited_attribute_that_is_deleted_meanwhile():
+    owner = type("Child", (Owner,), {"greet": lambda self: "hello"})()
+    patch = Patch((owner, "greet", lambda: "bye"))
+    del owner.greet
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.undo()
+    assert owner.greet() == "hello"
+
+
+def test_check_kernel():
+    order = VocabOrder(torch.arange(7))
+    for settings in (
+        {},
+        {"backend": "reference", "max_workspace_mb": 64},
+        {"gradient": Routed(), "vocab_order": order},
+    ):
+        check_kernel(**settings)
+    check_kernel(backend="cuda")  # of a device that need not be here
+    for settings, name in (
+        ({"gradient": "fast"}, "gradient"),
+        ({"backend": "nope"}, "backend"),
+        ({"max_workspace_mb": -1}, "max_workspace_mb"),
+        ({"vocab_order": order}, "vocab_order"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            check_kernel(**settings)
+
+
 def test_check_version(monkeypatch):
     monkeypatch.setattr(patching, "version", lambda package: {"parrot": "2.1"}[package])
     check_version("parrot", ("2.0", "2.1"))
     with pytest.raises(ImportError, match=r"parrot: expected version 2\.0 or 2\.2, got 2\.1; pass any_version=True"):
         check_version("parrot", ("2.0", "2.2"))
     check_version("parrot", ("2.0",), any_version=True)
+    with pytest.raises(ImportError, match="pass newest: true to try it"):
+        check_version("parrot", ("2.0",), option="newest: true")
 
 
 def test_a_package_that_is_not_installed():

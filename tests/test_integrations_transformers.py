@@ -5,9 +5,12 @@ B rows of T tokens.
 
 import copy
 import inspect
+import operator
 import os
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,7 +46,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from isdaa_kernels import Routed
 from isdaa_kernels.integrations import transformers as integration
 from isdaa_kernels.integrations.patching import Patch
-from isdaa_kernels.integrations.transformers import LogitsNotMade, lm_head, patch_causal_lm
+from isdaa_kernels.integrations.transformers import AbsentLogits, LogitsNotMade, lm_head, patch_causal_lm
 from isdaa_kernels.testing import FlopCounter, relative_error
 
 NARROW = {"vocab_size": VOCAB_SIZE, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -189,6 +192,15 @@ def test_the_rest_of_the_output_is_the_same():
         list,
         len,
         bool,
+        float,
+        lambda logits: logits == 1,
+        lambda logits: logits != 1,
+        lambda logits: logits < 1,
+        lambda logits: logits**2,
+        lambda logits: 1 / logits,
+        lambda logits: 1 in logits,
+        lambda logits: operator.setitem(logits, 0, 1),
+        lambda logits: torch.ones(2) - logits,
     ],
 )
 def test_logits_raise_when_used(use):
@@ -200,6 +212,7 @@ def test_logits_raise_when_used(use):
         use(output.logits)
     with pytest.raises(LogitsNotMade):
         use(output["logits"])
+    assert len({output.logits, AbsentLogits()}) == 2  # hashed as any object
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -246,6 +259,59 @@ def test_a_copy_runs_its_own_parameters():
         loss, grads, _ = run(copied, **batch)
         assert not any(p.grad is not None for p in model.parameters())
     assert_equal((loss, grads), run(make("llama"), **batch))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("check", [True, False])
+def test_a_copy_is_patched_already(duplicate, check):
+    model, batch = make("llama"), make_batch()
+    theirs = run(model, **batch)
+    with patch_causal_lm(model):
+        copied = duplicate(model)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\.forward: patched already"):
+        patch_causal_lm(copied, check=check)
+    loss, grads, output = run(copied, **batch)
+    assert_equal((loss, grads), theirs)
+    assert isinstance(output.logits, AbsentLogits)
+
+
+def test_attributes_of_the_forward_in_place_do_not_reach_ours():
+    model, batch = make("llama"), make_batch()
+    theirs = run(model, **batch)
+    head = model.lm_head.forward
+
+    def forward(hidden):
+        return head(hidden)
+
+    forward.head, forward.call, forward.original = "theirs", None, lambda hidden: 0 * hidden
+    model.lm_head.forward = forward
+    with patch_causal_lm(model):
+        assert_equal(run(model, **batch), theirs)
+    assert model.lm_head.forward is forward
+
+
+def test_threads_share_a_patched_model():
+    model, batches = make("llama"), [make_batch(seed=seed) for seed in range(3)]
+    expected = [model(**batch).loss.item() for batch in batches]
+    with patch_causal_lm(model), ThreadPoolExecutor(3) as pool:
+        for _ in range(10):
+            found = list(pool.map(lambda batch: model(**batch).loss.item(), batches))
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_was_put_around_the_forward_stays_when_ours_goes():
+    model, batch = make("llama"), make_batch()
+    theirs = model(**batch)
+    with patch_causal_lm(model):
+        wrapped = model.forward = torch.autocast("cpu", torch.bfloat16, enabled=False)(model.forward)
+        assert isinstance(model(**batch).logits, AbsentLogits)
+        with pytest.raises(ValueError, match="patched already"):
+            patch_causal_lm(model)
+    assert model.forward is wrapped
+    assert "forward" not in vars(model.lm_head)
+    assert torch.equal(model(**batch).logits, theirs.logits)
+    with pytest.raises(ValueError, match="another library"):
+        patch_causal_lm(model)
 
 
 def test_frozen_parameters_stay_without_gradient():
@@ -334,6 +400,9 @@ def test_kernel_settings_are_passed_on():
             assert_equal(run(model, **batch), theirs)
     with pytest.raises(ValueError, match="softcap"), patch_causal_lm(make("gemma2"), gradient=Routed()):
         pass
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        patch_causal_lm(model, backend="nope", check=False)
+    assert "forward" not in vars(model)
 
 
 class ScaledForCausalLM(LlamaForCausalLM):
@@ -498,13 +567,15 @@ def test_the_trainer_of_transformers(settings, tmp_path):
         assert relative_error(own, other) < 1e-3
 
 
-def test_the_trainer_asked_for_logits_says_why_there_are_none(tmp_path):
-    model = make("llama")
+def test_accelerate_refuses_the_absent_logits_that_compute_metrics_wants(tmp_path):
+    model, asked = make("llama"), []
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
-    trainer = Trainer(model=model, args=arguments, eval_dataset=Rows(), compute_metrics=lambda _: {})
-    with patch_causal_lm(model), pytest.raises((LogitsNotMade, TypeError), match=r"AbsentLogits|logits"):
+    trainer = Trainer(model=model, args=arguments, eval_dataset=Rows(), compute_metrics=lambda _: asked.append(1) or {})
+    with patch_causal_lm(model), pytest.raises(TypeError, match="AbsentLogits"):
         trainer.evaluate()
+    assert not asked
     assert "eval_loss" in trainer.evaluate()
+    assert asked
 
 
 ON_TWO_PROCESSES = """

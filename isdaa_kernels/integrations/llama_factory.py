@@ -7,8 +7,9 @@ S rows of a batch (of pairs: the chosen first), T tokens of a row, D hidden size
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from isdaa_kernels import (
     shift_targets,
 )
 from isdaa_kernels.integrations.liger import logit_sums
-from isdaa_kernels.integrations.patching import Patch, check_version
-from isdaa_kernels.integrations.transformers import HiddenCapture, lm_head, patch_causal_lm
+from isdaa_kernels.integrations.patching import Patch, check_kernel, check_version
+from isdaa_kernels.integrations.transformers import HiddenCapture, ModelPatch, lm_head, patch_causal_lm
 
 TESTED = ("0.9.5",)
 IGNORED = -100  # LLaMA-Factory's, and transformers'
@@ -53,10 +54,11 @@ def patch_llama_factory(
     gradient, vocab_order, max_workspace_mb, backend: as in `linear_logprob`, for every call. any_version: try it on a LLaMA-Factory
     that this was not tested with.
 
-    Raises ImportError for such a version, ValueError where it is patched already. In training: ValueError, naming the option, for
-    use_dft_loss, use_asft_loss, use_eaft_loss and label_smoothing_factor, whose losses are made of logits; for models of images or sound;
-    for LM heads that are no plain Linear or do something of their own; for enable_liger_kernel or use_unsloth in sft and pt, whose
-    forward has no LM head to take over. NotImplementedError for an LM head in shards (ZeRO-3, FSDP2).
+    Raises ImportError for such a version, ValueError where it is patched already and for settings that `linear_logprob` refuses. In
+    training: ValueError, naming the option, for use_dft_loss, use_asft_loss, use_eaft_loss and label_smoothing_factor, whose losses are
+    made of logits; for models of images or sound; for LM heads that are no plain Linear or do something of their own; for
+    enable_liger_kernel or use_unsloth in sft and pt, whose forward has no LM head to take over. NotImplementedError for an LM head in
+    shards (ZeRO-3, FSDP2).
     """
     check_version("llamafactory", TESTED, any_version)
     from llamafactory.train.dpo.trainer import CustomDPOTrainer
@@ -70,6 +72,7 @@ def patch_llama_factory(
         "max_workspace_mb": max_workspace_mb,
         "backend": backend,
     }
+    check_kernel(**kernel)
     scorer, losses = RowScorer(kernel), FusedLoss(kernel)
     return TrainersPatch(
         losses,
@@ -178,8 +181,7 @@ class FusedLoss:
 
     def __init__(self, kernel: dict[str, object]) -> None:
         self.kernel = kernel
-        self.switches: dict[nn.Module, Switch] = {}
-        self.patches: list[Patch] = []
+        self.patches: WeakValueDictionary[int, ModelPatch] = WeakValueDictionary()  # by the id of the model
 
     def init(self, original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
@@ -194,7 +196,7 @@ class FusedLoss:
     def compute_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def compute_loss(trainer, model, *args, **kwargs):
-            if model.training and inner_model(trainer, model) not in self.switches:
+            if model.training and id(inner_model(trainer, model)) not in self.patches:
                 raise ValueError("patch_llama_factory: expected before this trainer was made, not after")
             return original(trainer, model, *args, **kwargs)
 
@@ -205,40 +207,25 @@ class FusedLoss:
 
         @functools.wraps(original)
         def prediction_step(trainer, model, inputs, prediction_loss_only, *args, **kwargs):
-            switch = self.switches.get(inner_model(trainer, model), Switch())
-            switch.on = prediction_loss_only
-            try:
+            patch = self.patches.get(id(inner_model(trainer, model)))
+            with nullcontext() if patch is None or prediction_loss_only else patch.fused.off():
                 return original(trainer, model, inputs, prediction_loss_only, *args, **kwargs)
-            finally:
-                switch.on = True
 
         return prediction_step
 
     def patch(self, model: nn.Module) -> None:
-        # transformers is of the version that LLaMA-Factory asks for; the check of head and loss is what tells
-        self.patches.append(patch_causal_lm(model, **self.kernel, any_version=True))
-        self.switches[model] = model.forward = Switch(model.forward)
+        if id(model) not in self.patches:  # else that of an earlier trainer serves this one
+            # transformers is of the version that LLaMA-Factory asks for; the check of head and loss is what tells
+            self.patches[id(model)] = patch_causal_lm(model, **self.kernel, any_version=True)
 
     def undo(self) -> None:
-        self.switches.clear()
-        while self.patches:
-            self.patches.pop().undo()
-
-
-class Switch:
-    """A patched forward that can be told to be the model's own for a while."""
-
-    def __init__(self, fused: Any = None) -> None:
-        self.fused, self.on = fused, True
-        if fused is not None:
-            functools.update_wrapper(self, fused)  # trainers read its signature
-
-    def __call__(self, *args: object, **kwargs: object) -> Any:
-        return (self.fused if self.on else self.fused.original)(*args, **kwargs)
+        for patch in list(self.patches.values()):
+            patch.undo()
+        self.patches.clear()
 
 
 class TrainersPatch(Patch):
-    """Puts back the trainers, and the models of those that were made meanwhile."""
+    """Puts back the trainers, and the models of those that were made meanwhile and still live."""
 
     def __init__(self, losses: FusedLoss, *replacements: tuple[object, str, object]) -> None:
         super().__init__(*replacements)

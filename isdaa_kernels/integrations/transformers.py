@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from isdaa_kernels import LMHead, Routed, VocabOrder, linear_logprob, shift_targets
-from isdaa_kernels.integrations.patching import Patch, check_version
+from isdaa_kernels.integrations.patching import Patch, check_kernel, check_version
 
 TESTED = ("5.23.0",)
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -37,7 +38,7 @@ def patch_causal_lm(
     backend: str | None = None,
     check: bool = True,
     any_version: bool = False,
-) -> Patch:
+) -> "ModelPatch":
     """Makes `model(..., labels=...)` compute the loss from the hidden states. Equal to transformers' own
 
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="mean")
@@ -46,7 +47,8 @@ def patch_causal_lm(
     targets of -100 cost no matrix work, and logits are not rounded to 16 bits. The model's own forward runs, with an
     LM head that sees the last position only, so everything else in the output is what it was; `logits` is an object
     that raises when it is used. Calls without labels, and so generation, go the original way. For this one model;
-    `undo()` of the returned patch, or a `with` block, puts its forward back.
+    `undo()` of the returned patch, or a `with` block, puts its forward back. A deep copy of the model is patched too,
+    and has no patch of its own to undo: copy before, or after the undo, for one that is not.
 
     model             a transformers causal LM, or a PEFT model around one. Its parameters train as before, adapters included.
     gradient, vocab_order, max_workspace_mb, backend    as in `isdaa_kernels.linear_logprob`
@@ -57,26 +59,25 @@ def patch_causal_lm(
     Patch before the model is wrapped (torch.compile, DDP, Accelerate), and again after its head was replaced (a call
     raises then). Raises ValueError, naming the architecture, where head or loss are not what is computed here: an LM
     head that is no plain Linear (adapters or quantisation on it), another loss than the causal one, models of images
-    or sound, a check that fails. Losses of routers of a mixture of experts are added as the model adds them.
+    or sound, a check that fails; for a model that is patched already; for settings that `linear_logprob` refuses.
+    Losses of routers of a mixture of experts are added as the model adds them.
     """
     check_version("transformers", TESTED, any_version)
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = _plain_head(model)
-    forward = vars(model).get("forward")
-    if forward is not None and not isinstance(forward, FusedForward) and not hasattr(model, "_hf_hook"):
-        raise ValueError(f"{type(model).__name__}: its forward was replaced by another library; patch it before that")
     kernel = {
         "gradient": gradient,
         "vocab_order": vocab_order,
         "max_workspace_mb": max_workspace_mb,
         "backend": backend,
     }
+    check_kernel(**kernel)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = _plain_head(model)
+    _check_forward(model)
     capture = HiddenCapture(head)
-    fused = FusedForward(model, capture, kernel)
-    patch = Patch((model, "forward", fused), (head, "forward", capture))
+    patch = ModelPatch(FusedForward(model, capture, kernel))
     if check:
         try:
-            _check(model, fused)
+            _check(model, patch.fused)
         except BaseException:
             patch.undo()
             raise
@@ -84,41 +85,59 @@ def patch_causal_lm(
 
 
 class HiddenCapture:
-    """The forward of an LM head that, during a call of `during`, keeps what it is given and makes the logits of the
-    last position only."""
+    """The forward of an LM head that, during a call of `during` in the same thread, keeps what it is given and makes
+    the logits of the last position only."""
 
     def __init__(self, head: nn.Linear) -> None:
-        self.head, self.original, self.taken = head, head.forward, None
-        functools.update_wrapper(self, head.forward)
+        functools.update_wrapper(self, head.forward, updated=())
+        self.head, self.original, self.call = head, head.forward, _Call()
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if self.taken is not None:
-            self.taken.append(hidden)
+        if self.call.taken is not None:
+            self.call.taken.append(hidden)
             hidden = hidden[..., -1:, :]
         return self.original(hidden)
 
     def during(self, call: Callable[..., Any], **arguments: object) -> tuple[Any, list[Tensor]]:
         """(the result of the call, the hidden states that the head was given in it)."""
-        self.taken = taken = []
+        self.call.taken = taken = []
         try:
             return call(**arguments), taken
         finally:
-            self.taken = None
+            self.call.taken = None
+
+
+class _Call(threading.local):
+    """What the call that runs in a thread has kept; a copy is one of no call."""
+
+    taken: list[Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Call, ()
 
 
 class FusedForward:
-    """A model's forward with the loss from hidden states. It holds its model, so that a deep copy of the model runs
-    the copy."""
+    """A model's forward with the loss from hidden states; the model's own while it is not `on`. It holds its model, so
+    that a deep copy of the model runs the copy."""
 
     def __init__(self, model: PreTrainedModel, capture: HiddenCapture, kernel: dict[str, object]) -> None:
+        functools.update_wrapper(self, model.forward, updated=())  # trainers read its signature
         self.model, self.capture, self.kernel, self.original = model, capture, kernel, model.forward
-        self.signature = inspect.signature(model.forward)
-        functools.update_wrapper(self, model.forward)  # trainers read its signature
+        self.signature, self.on = inspect.signature(model.forward), True
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """The model's own forward within the block."""
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
 
     def __call__(self, *args: object, **kwargs: Any) -> Any:
         arguments = self._by_name(args, kwargs)
         labels = arguments.pop("labels", None)
-        if labels is None:
+        if labels is None or not self.on:
             return self.original(*args, **kwargs)
         self._check_call(arguments)
         return_dict = arguments.pop("return_dict", None)
@@ -176,6 +195,20 @@ class FusedForward:
         return loss + factors[0] * router_loss.to(loss.device)
 
 
+class ModelPatch(Patch):
+    """The forwards of a model and of its LM head. What was put around ours meanwhile, as Accelerate does for mixed
+    precision, stays when this is undone, and runs the model's own then."""
+
+    def __init__(self, fused: FusedForward) -> None:
+        self.fused = fused
+        fused.patch = self  # which lives as long as the model
+        super().__init__((fused.model, "forward", fused), (fused.capture.head, "forward", fused.capture))
+
+    def undo(self) -> None:
+        self.fused.on = False
+        self._put_back()
+
+
 class LogitsNotMade(AttributeError):
     """Something wants the logits of a call with labels. An AttributeError, so that `hasattr` says no."""
 
@@ -189,12 +222,28 @@ class AbsentLogits:
             "or undo the patch"
         )
 
-    __getattr__ = __getitem__ = __iter__ = __len__ = __array__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = __matmul__ = _refuse
+    __getattr__ = __getitem__ = __setitem__ = __iter__ = __len__ = __contains__ = __array__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __int__ = __neg__ = __abs__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
+    __hash__ = object.__hash__
 
     @classmethod
     def __torch_function__(cls, *_: object, **__: object) -> NoReturn:
         cls()._refuse()
+
+
+def _check_forward(model: PreTrainedModel) -> None:
+    """ValueError for a model whose forward is not its own: patched already, as a copy of a patched one is, or replaced
+    by another library."""
+    forward = vars(model).get("forward")
+    if forward is None:
+        return
+    ours = inspect.unwrap(forward, stop=lambda found: isinstance(found, FusedForward))
+    if isinstance(ours, FusedForward) and ours.on:
+        raise ValueError(f"{type(model).__name__}.forward: patched already; undo that first")
+    if not hasattr(model, "_hf_hook"):
+        raise ValueError(f"{type(model).__name__}: its forward was replaced by another library; patch it before that")
 
 
 def _plain_head(model: nn.Module) -> nn.Linear:
