@@ -223,9 +223,15 @@ def test_behaviour_columns_that_do_not_fit(tmp_path):
     both = with_behaviour(data, chosen=CHOSEN, rejected=REJECTED)
     with pytest.raises(ValueError, match="behaviour_chosen_logps: 'dpo' would ignore it"):
         build(tmp_path / "run", model, data=both, objective="dpo")
-    trainer = build(tmp_path / "run", model, data=both, eval_dataset=data)
-    with pytest.raises(ValueError, match=r"behaviour_chosen_logps: .* expected in every data set"):
-        trainer.evaluate()
+    everywhere = "behaviour_chosen_logps: expected in every data set or in none, found in "
+    with pytest.raises(ValueError, match=f"{everywhere}train_dataset and not in eval_dataset$"):
+        build(tmp_path / "run", model, data=both, eval_dataset=data)
+    with pytest.raises(ValueError, match=rf"{everywhere}eval_dataset\['b'\] and not in train_dataset$"):
+        build(tmp_path / "run", model, data=data, eval_dataset={"a": data, "b": both})
+    for of_trainer, of_call, where in ((both, data, "in"), (data, both, "not in")):
+        trainer = build(tmp_path / "run", model, data=of_trainer)
+        with pytest.raises(ValueError, match=f"behaviour_chosen_logps: expected {where} every data set"):
+            trainer.evaluate(of_call)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +267,23 @@ def test_settings_that_would_be_ignored(tmp_path, settings, message):
         ISDPOConfig(str(tmp_path), bf16=False, use_cpu=True, **settings)
 
 
+@pytest.mark.parametrize(("name", "value"), [("loss_type", ["hinge"]), ("ld_alpha", 0.5)])
+def test_settings_that_would_be_ignored_and_come_late(tmp_path, name, value):
+    config = ISDPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"{name}: objective='is_dpo' would ignore it"):
+        ISDPOTrainer(make_folder(tmp_path), args=config, train_dataset=make_pairs())
+
+
+def test_a_compiled_reference(tmp_path):
+    """torch_compile=True makes one; it has no truth value."""
+    trainer = build(tmp_path / "run", make_folder(tmp_path), objective="dpo")
+    inputs = batch_of(trainer)
+    expected = trainer.compute_loss(trainer.model, dict(inputs))
+    trainer.ref_model = torch.compile(trainer.ref_model, backend="eager")
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(inputs)), expected)
+
+
 def test_settings_of_the_weight_and_the_objective(tmp_path):
     config = ISDPOConfig(
         str(tmp_path),
@@ -294,7 +317,7 @@ def test_other_arguments_that_do_not_fit(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="args: expected an ISDPOConfig, got DPOConfig"):
         build(tmp_path / "run", model, ISDPOTrainer, DPOConfig)
     monkeypatch.setattr(patching, "version", lambda package: "2.0.0")
-    with pytest.raises(ImportError, match=r"trl: expected version 1\.16\.0, got 2\.0\.0"):
+    with pytest.raises(ImportError, match=r"trl: expected version 1\.16\.0, got 2\.0\.0; pass any_trl_version=True"):
         build(tmp_path / "run", model)
     build(tmp_path / "run", model, any_trl_version=True)
 

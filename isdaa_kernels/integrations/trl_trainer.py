@@ -67,11 +67,15 @@ class ISDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_replaced()
+        self.objective_settings()
+        self.objective_state()
+
+    def check_replaced(self) -> None:
+        """ValueError for a setting of DPOConfig that the objective would ignore."""
         for name, instead in REPLACED.items():
             if getattr(self, name) != _default(DPOConfig, name):
                 raise ValueError(f"{name}: objective={self.objective!r} would ignore it; take {instead}")
-        self.objective_settings()
-        self.objective_state()
 
     def objective_settings(self) -> dict[str, Any]:
         """What is to be computed, as keyword arguments of `preference_loss`."""
@@ -127,20 +131,31 @@ class ISDPOTrainer(DPOTrainer):
 
     _tag_names: ClassVar = [*DPOTrainer._tag_names, "is-dpo"]
 
-    def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, *others, **options):
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        *others,
+        **options,
+    ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = ISDPOConfig(f"{name.split('/')[-1]}-IS-DPO")
         if not isinstance(args, ISDPOConfig):
             raise TypeError(f"args: expected an ISDPOConfig, got {type(args).__name__}")
-        check_version("trl", TESTED, args.any_trl_version)
+        check_version("trl", TESTED, args.any_trl_version, option="any_trl_version=True")
+        args.check_replaced()
         settings = args.objective_settings()
         self._needs = _needs(OBJECTIVES[args.objective], settings["importance"])
-        self._behaviour = BEHAVIOUR if _has_behaviour(train_dataset, args.objective, self._needs) else ()
+        self._behaviour = BEHAVIOUR if _have_behaviour(train_dataset, eval_dataset, args.objective, self._needs) else ()
         self._name, self._paper = args.objective, {}
         args.use_weighting = "log_sum_sq_prob" in self._needs  # asks TRL's head for them
         try:
-            super().__init__(model, ref_model, args, data_collator, train_dataset, *others, **options)
+            super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *others, **options)
         finally:
             self.use_weighting = args.use_weighting = False
         self.beta = args.metric_beta()
@@ -167,7 +182,7 @@ class ISDPOTrainer(DPOTrainer):
         """(inputs with the reference's sums as TRL makes them for its metrics, the same in fp64 [S])."""
         if self.precompute_ref_logps:
             return inputs, torch.cat([inputs[name] for name in REFERENCE])
-        recorder = _Recorder(self.ref_model or self.model)
+        recorder = _Recorder(self.model if self.ref_model is None else self.ref_model)
         sums = super().compute_ref_log_probs(recorder, inputs)
         return inputs | dict(zip(REFERENCE, sums, strict=True)), _sums(recorder.outputs.log_probs, inputs)
 
@@ -216,7 +231,7 @@ class ISDPOTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._behaviour]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *BEHAVIOUR]))
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
@@ -257,9 +272,12 @@ class _WithNumbers:
     required: tuple[str, ...]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        missing = [name for name in self.required if name not in examples[0]]
-        if missing:
-            raise ValueError(f"{missing[0]}: the train data set has this column; expected in every data set")
+        for name in BEHAVIOUR:
+            if (name in examples[0]) != (name in self.required):
+                expected = "in" if name in self.required else "not in"
+                raise ValueError(
+                    f"{name}: expected {expected} every data set, as with those that the trainer was made with"
+                )
         names = [name for name in REFERENCE if name in examples[0]]
         numbers = {
             name: torch.tensor([float(example[name]) for example in examples], dtype=torch.float64)
@@ -306,9 +324,28 @@ def _check_objective(name: str) -> Objective:
     return pairwise[name]
 
 
-def _has_behaviour(dataset: Dataset | IterableDataset | None, objective: str, needs: frozenset[str]) -> bool:
+def _have_behaviour(
+    train: Dataset | IterableDataset | None,
+    evaluation: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
+    objective: str,
+    needs: frozenset[str],
+) -> bool:
+    """Whether the data sets have the log-probs of the policy that wrote them; ValueError where one has, and another has not."""
+    named = {"train_dataset": train}
+    if isinstance(evaluation, dict):
+        named |= {f"eval_dataset[{key!r}]": some for key, some in evaluation.items()}
+    else:
+        named["eval_dataset"] = evaluation
+    found = {name: _has_behaviour(some, objective, needs) for name, some in named.items() if some is not None}
+    if len(set(found.values())) > 1:
+        has, has_not = (next(name for name, value in found.items() if value is which) for which in (True, False))
+        raise ValueError(f"{BEHAVIOUR[0]}: expected in every data set or in none, found in {has} and not in {has_not}")
+    return any(found.values())
+
+
+def _has_behaviour(dataset: Dataset | IterableDataset, objective: str, needs: frozenset[str]) -> bool:
     """Whether the data set has the log-probs of the policy that wrote it; ValueError for one of the two columns, or a vain pair."""
-    columns = set() if dataset is None else set(next(iter(dataset)))
+    columns = set(next(iter(dataset), ()))
     found = [name for name in BEHAVIOUR if name in columns]
     if len(found) == 1:
         raise ValueError(f"{found[0]}: expected beside it {next(name for name in BEHAVIOUR if name not in found)}")
