@@ -43,7 +43,7 @@ def token_logprob(model, labels, **batch):
 
 
 def train(
-    model, tokenizer, pairs, *, objective="is_dpo", beta=0.05, lr=1e-6, pairs_per_step=4, steps=None, accelerator=None
+    model, tokenizer, pairs, *, objective="is_dpo", beta=None, lr=1e-6, pairs_per_step=4, steps=None, accelerator=None
 ):
     """Trains `model` in place, `pairs_per_step` pairs in each process; the loss of each step of this process."""
     accelerator = accelerator or Accelerator()

@@ -17,8 +17,8 @@ from isdaa_kernels import linear_preference_loss, shift_targets
 from isdaa_kernels.integrations.transformers import lm_head
 
 
-def train(model, tokenizer, pairs, *, objective="is_dpo", beta=0.05, lr=1e-6, pairs_per_step=4, steps=None):
-    """Trains `model` in place; the loss of each step."""
+def train(model, tokenizer, pairs, *, objective="is_dpo", beta=None, lr=1e-6, pairs_per_step=4, steps=None):
+    """Trains `model` in place; the loss of each step. beta: None is the objective's own, and all that one without it takes."""
     model.eval()  # no dropout: policy and reference must agree before the first step
     reference = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -75,7 +75,7 @@ def read_arguments(description, argv=None):
     parser.add_argument("model", help="folder or hub name")
     parser.add_argument("pairs", type=Path, help="JSON lines")
     parser.add_argument("--objective", default="is_dpo")
-    parser.add_argument("--beta", type=float, default=0.05)
+    parser.add_argument("--beta", type=float, help="default: the objective's own")
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--pairs-per-step", type=int, default=4)
     parser.add_argument("--steps", type=int)

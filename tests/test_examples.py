@@ -34,6 +34,12 @@ def test_a_loop_learns(name, chat_template):
     assert losses[-1] < 0.6
 
 
+@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop"])
+def test_an_objective_without_beta(name):
+    (loss,) = load(name)(make_model(), make_tokenizer(None), make_records(4), objective="orpo", **SETTINGS)
+    assert loss > 0
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": False, "attention_bias": True}], ids=("tied", "untied")
 )

@@ -149,6 +149,7 @@ def test_kernel_settings_are_passed_on():
         ({"reduction": "batchmean"}, ValueError, "reduction"),
         ({"shift": 11}, ValueError, "shift"),
         ({"shift": -1}, ValueError, "shift"),
+        ({"shift": 1.5}, ValueError, "shift: expected True, False or a whole number, got 1.5"),
         ({"vocab_parallel_options": object()}, NotImplementedError, "vocab_parallel_options"),
         ({"softcap": 0.0}, ValueError, "softcap"),
         ({"gradient": Routed(), "softcap": 5.0}, ValueError, "softcap"),

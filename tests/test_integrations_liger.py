@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss as OriginalCrossEntropy
 from torch import nn
 
-from isdaa_kernels import Routed
+from isdaa_kernels import LMHead, Routed
 from isdaa_kernels.integrations import liger
 from isdaa_kernels.testing import FlopCounter
 
@@ -263,12 +263,14 @@ def test_kernel_settings_are_passed_on():
 REFUSED = [
     ("DPO", {"loss_type": "ipo"}, {}, "loss_type"),
     ("DPO", {"loss_type": "sigmoid", "label_smoothing": 0.1}, {}, "label_smoothing"),
-    ("DPO", {"loss_type": "exo_pair"}, {}, "label_smoothing"),
-    ("DPO", {"loss_type": "robust", "label_smoothing": 0.5}, {}, "label_smoothing"),
     ("DPO", {}, {"ref_input": None}, "ref_input"),
     ("DPO", {}, {"target": torch.zeros(5, 9, dtype=torch.int64), "_input": torch.zeros(5, 9, 16)}, "rows"),
     ("DPO", {}, {"_input": torch.zeros(54, 16), "target": torch.zeros(54, dtype=torch.int64)}, "_input, target"),
     ("SimPO", {"label_smoothing": 0.7}, {}, "label_smoothing"),
+    ("CPO", {"label_smoothing": -0.1}, {}, "label_smoothing"),
+    ("DPO", {"beta": 0.0}, {}, "beta"),
+    ("SimPO", {"beta": -1.0}, {}, "beta"),
+    ("ORPO", {"beta": -1.0}, {}, "odds_weight"),
     ("KTO", {}, {}, "preference_labels"),
     ("KTO", {}, {"preference_labels": torch.ones(6)}, "preference_labels"),
     ("KTO", {}, {"preference_labels": torch.ones(6) > 0, "kl": torch.zeros(6)}, "kl"),
@@ -280,6 +282,26 @@ REFUSED = [
 def test_what_is_refused(name, settings, more, match):
     with pytest.raises(ValueError, match=match):
         call(getattr(liger, f"LigerFusedLinear{name}Loss")(**settings), make_batch(), **more)
+
+
+@pytest.mark.parametrize(("loss_type", "smoothings"), [("exo_pair", (0.0, 0.6, -0.1)), ("robust", (0.5, -0.1))])
+def test_smoothing_out_of_range_is_refused_by_the_constructor(loss_type, smoothings):
+    for smoothing in smoothings:
+        with pytest.raises(ValueError, match=rf"label_smoothing: .* loss_type '{loss_type}', got {smoothing}"):
+            liger.LigerFusedLinearDPOLoss(loss_type=loss_type, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_rows(name):
+    batch = {
+        key: value[:0] if key in ("_input", "ref_input", "target") else value for key, value in make_batch().items()
+    }
+    more = {"preference_labels": torch.zeros(0, dtype=torch.bool)} if name == "KTO" else {}
+    loss, outputs, grads = call(getattr(liger, f"LigerFusedLinear{name}Loss")(), batch, **more)
+    assert loss == 0
+    assert not any(grad.any() for grad in grads.values())
+    assert outputs[0].numel() == (1 if name == "KTO" else 0)
+    assert liger.logit_sums(batch["_input"], LMHead(batch["lin_weight"], batch["bias"])).shape == (0,)
 
 
 def dense_cross_entropy(_input, lin_weight, target, bias, ce_weight=None, lse_square_scale=0.0, label_smoothing=0.0,

@@ -97,6 +97,13 @@ def test_the_mean_over_no_target_is_nan_as_in_torch():
         assert function(**arguments, reduction="sum") == 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"ignore_index": 7}, {"weight": torch.linspace(0.1, 2.0, 61)}], ids=str)
+def test_targets_of_a_byte(settings):
+    arguments = make_arguments()
+    arguments["target"] = arguments["target"].where(arguments["target"] >= 0, 7).to(torch.uint8)
+    assert_equal(*(call(f, arguments, **settings) for f in (linear_cross_entropy, F.linear_cross_entropy)))
+
+
 def test_leading_dimensions():
     arguments = make_arguments(N=24)
     flat = call(linear_cross_entropy, arguments)
@@ -197,6 +204,8 @@ def test_kernel_settings_are_passed_on():
         ({"weight": torch.ones(60)}, "class weights"),
         ({"weight": torch.ones(61, dtype=torch.int64)}, "class weights"),
         ({"options": nn.LinearCrossEntropyOptions(acc_dtype=torch.bfloat16)}, "acc_dtype"),
+        ({"options": "hello"}, "options: expected an nn.LinearCrossEntropyOptions or None, got 'hello'"),
+        ({"target": torch.zeros(23, dtype=torch.int16)}, "targets: expected int64 or int32"),
         ({"target": torch.full((23,), 61)}, "targets"),
         ({"target": torch.full((23,), 61), "weight": torch.ones(61)}, "targets"),
         ({"linear_bias": torch.ones(60)}, "bias"),

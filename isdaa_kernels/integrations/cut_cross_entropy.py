@@ -65,6 +65,8 @@ def linear_cross_entropy(
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if vocab_parallel_options is not None:
         raise NotImplementedError("vocab_parallel_options: expected None; a classifier in shards is not supported")
+    if not isinstance(shift, int):
+        raise ValueError(f"shift: expected True, False or a whole number, got {shift!r}")
     shifted = _shifted(targets, int(shift), ignore_index)
     loss, _, stats = token_cross_entropy(
         e,

@@ -52,7 +52,11 @@ DPO_OBJECTIVES = {
     "apo_down": "apo_down",
     "discopop": "discopop",
 }
-SMOOTHED = ("exo_pair", "robust")
+# loss types with label_smoothing: what it may be
+SMOOTHED = {
+    "exo_pair": ("above 0, up to 0.5", lambda e: 0 < e <= 0.5),
+    "robust": ("from 0 to less than 0.5", lambda e: 0 <= e < 0.5),
+}
 ROWS_OF_A_SUM = 4096
 
 
@@ -139,8 +143,8 @@ class LigerFusedLinearDPOLoss(_PairLoss):
     outputs: chosen and rejected log-probs [P], mean logit of chosen and of rejected rows (over all tokens, made from sums of hidden and
     weight), NLL, chosen and rejected rewards [P]; fp32 and detached.
 
-    label_smoothing raises ValueError for loss types other than exo_pair and robust: Liger would ignore it. With average_log_prob a row
-    without scored tokens makes NaN of Liger's loss; here its pair counts for 0.
+    label_smoothing raises ValueError for loss types other than exo_pair and robust, where Liger would ignore it, and outside of (0, 0.5]
+    and [0, 0.5) for these. With average_log_prob a row without scored tokens makes NaN of Liger's loss; here its pair counts for 0.
     """
 
     def __init__(
@@ -173,6 +177,10 @@ class LigerFusedLinearDPOLoss(_PairLoss):
         if label_smoothing and loss_type not in SMOOTHED:
             raise ValueError(
                 f"label_smoothing: loss_type {loss_type!r} would ignore it; expected 0, got {label_smoothing}"
+            )
+        if loss_type in SMOOTHED and not SMOOTHED[loss_type][1](label_smoothing):
+            raise ValueError(
+                f"label_smoothing: expected a number {SMOOTHED[loss_type][0]} with loss_type {loss_type!r}, got {label_smoothing}"
             )
 
     def forward(self, lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None):
@@ -365,7 +373,7 @@ class LigerFusedLinearKTOLoss(_PreferenceLoss):
         ratio_B = rows_B - self._reference(ref_input, ref_weight, ref_bias, target, average)
         kl = kl.detach().reshape(()) if isinstance(kl, Tensor) else (kl or 0.0)
         gain_B = self.beta * (ratio_B - kl)
-        loss = torch.where(labels_B, -gain_B, gain_B).sigmoid().mean().float()
+        loss = (torch.where(labels_B, -gain_B, gain_B).sigmoid().sum() / max(len(target), 1)).float()
         numbers = (rows_B, logit_sums(_input, head), self.beta * ratio_B)
         outputs = (
             torch.where(of, number.detach(), 0).sum().float() for number in numbers for of in (labels_B, ~labels_B)
@@ -468,7 +476,7 @@ def logit_sums(hidden: Tensor, head: LMHead) -> Tensor:
     """Sum of the logits of each row of [B, T, D], ignored tokens included, without making them: (sum of hidden) .
     (sum of weight); fp64 [B]."""
     weight_D = _column_sums(head.weight)
-    sums_B = torch.stack([_column_sums(hidden_TD) @ weight_D for hidden_TD in hidden])
+    sums_B = torch.stack([_column_sums(hidden_TD) @ weight_D for hidden_TD in hidden]) if len(hidden) else weight_D[:0]
     return sums_B if head.bias is None else sums_B + hidden.shape[1] * head.bias.sum(dtype=torch.float64)
 
 

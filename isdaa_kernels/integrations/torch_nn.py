@@ -6,7 +6,7 @@ N samples, D features, C classes.
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isdaa_kernels import LMHead, Routed, VocabOrder
 from isdaa_kernels.integrations.cross_entropy import check_reduction, class_weight_of, token_cross_entropy, total
@@ -34,7 +34,8 @@ def linear_cross_entropy(
         loss = F.cross_entropy(logits, target, weight=weight, reduction=reduction, ignore_index=ignore_index,
                                label_smoothing=label_smoothing)
 
-    input [..., D] (torch takes [D] and [N, D]), linear_weight [C, D], target [...] class indices. The result is fp32
+    input [..., D] (torch takes [D] and [N, D]), linear_weight [C, D], target [...] class indices (int64, int32 or
+    uint8). The result is fp32
     (fp64 for fp64 inputs) where torch's has the dtype of the input; the logits are never rounded to 16 bits. The mean
     over no target is NaN, as in torch.
 
@@ -43,7 +44,7 @@ def linear_cross_entropy(
     or None raises ValueError. gradient, vocab_order, max_workspace_mb, backend: as in `isdaa_kernels.linear_logprob`.
 
     Raises ValueError for class probabilities as target, for a loss with further dimensions (linear_weight of more
-    than 2), and for class weights together with label smoothing.
+    than 2), for class weights together with label smoothing, and for options of another kind.
     """
     check_reduction(reduction)
     if linear_weight.ndim != 2:
@@ -52,6 +53,8 @@ def linear_cross_entropy(
         )
     if target.is_floating_point():
         raise ValueError(f"target: expected class indices, got {target.dtype}; class probabilities are not supported")
+    target = target.long() if target.dtype == torch.uint8 else target
+    _check_options(options)
     wide = torch.float64 if torch.float64 in (input.dtype, linear_weight.dtype) else torch.float32
     if getattr(options, "acc_dtype", None) not in (None, wide):
         raise ValueError(
@@ -74,3 +77,9 @@ def linear_cross_entropy(
     if reduction == "none":
         return loss
     return total(loss) if reduction == "sum" else total(loss) / total(weights).to(loss.dtype)
+
+
+def _check_options(options: object) -> None:
+    kind = getattr(nn, "LinearCrossEntropyOptions", None)  # torch 2.13 has it
+    if options is not None and (kind is None or not isinstance(options, kind)):
+        raise ValueError(f"options: expected an nn.LinearCrossEntropyOptions or None, got {options!r}")
