@@ -263,20 +263,18 @@ def test_a_version_that_was_not_tested(monkeypatch):
     patch_trl(any_version=True).undo()
 
 
-# settings that linear_logprob refuses, at the first forward
 @pytest.mark.parametrize(
-    ("settings", "error", "message"),
+    ("settings", "message"),
     [
-        ({"gradient": "fast"}, ValueError, "gradient: expected 'exact' or Routed"),
-        ({"backend": "abacus"}, (NoBackend, ValueError), "abacus"),
-        ({"max_workspace_mb": -1.0}, ValueError, "max_workspace_mb"),
+        ({"gradient": "fast"}, "gradient: expected 'exact' or Routed"),
+        ({"backend": "abacus"}, "backend: expected one of .* got 'abacus'"),
+        ({"max_workspace_mb": -1.0}, "max_workspace_mb: expected"),
     ],
 )
-def test_settings_that_the_kernels_refuse(settings, error, message):
-    with patch_trl(**settings), pytest.raises(error, match=message):
-        fused_model()(
-            input_ids=torch.ones(1, 5, dtype=torch.long), labels=torch.ones(1, 5, dtype=torch.long), fused_lm_head=True
-        )
+def test_settings_that_the_kernels_refuse(settings, message):
+    with pytest.raises(ValueError, match=message):
+        patch_trl(**settings)
+    patch_trl().undo()
 
 
 # Routed: tolerance 0 is exact, with or without an order of the vocabulary; entropy is a number for the metrics.

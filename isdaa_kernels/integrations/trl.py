@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels import LMHead, Routed, VocabOrder, linear_kl, linear_logprob, linear_logprob_stats
-from isdaa_kernels.integrations.patching import Patch, check_version
+from isdaa_kernels.integrations.patching import Patch, check_kernel, check_version
 
 TESTED = ("1.16.0",)
 
@@ -55,8 +55,8 @@ def patch_trl(
     - The student's entropy, a metric of DistillationTrainer, is a forward of its head more. Its weight is not rounded to the dtype of the
       hidden states where the two differ.
 
-    Raises ImportError for a version of TRL that was not tested, ValueError where TRL is patched already. At the first forward: ValueError
-    for settings that `linear_logprob` refuses, NotImplementedError for a head partitioned by DeepSpeed ZeRO-3, of which TRL gathers
+    Raises ImportError for a version of TRL that was not tested, ValueError where TRL is patched already and for settings that
+    `linear_logprob` refuses. At the first forward: NotImplementedError for a head partitioned by DeepSpeed ZeRO-3, of which TRL gathers
     only what it needs at the moment; DTensors (FSDP2) it gathers before.
     """
     check_version("trl", TESTED, any_version)
@@ -65,6 +65,7 @@ def patch_trl(
 
     settings = {"gradient": gradient, "vocab_order": vocab_order}
     settings |= {"max_workspace_mb": max_workspace_mb, "backend": backend}
+    check_kernel(**settings)
     head = make_function(detach_entropy, **settings)
     replacements = [
         (trl.kernels, "ChunkedLogProbFunction", head),
