@@ -86,7 +86,8 @@ def policy_loss(
     off_policy_threshold
                    leaves out completions with an advantage below 0 that the policy has left (`sampler.off_policy_keep`); None: none.
     kl_weight      of the divergence from the reference, a token at a time: the k3 estimate, or `token_kl`. TRL calls it beta.
-    kl_corrected   whether it is multiplied by the objective's ratio, which is differentiated too. TRL: use_bias_correction_kl.
+    kl_corrected   whether it is multiplied by the token's importance ratio (where the objective's is the geometric mean over the completion,
+                   by that), which is differentiated too. TRL: use_bias_correction_kl.
     token_kl       [N], the exact divergence of each token's distributions (`linear_kl`), differentiable, in the place of the estimate.
     entropy_weight of the entropy of each token's distribution (`stats.entropy`), subtracted. Reduced as the loss is: TRL takes the mean
                    over tokens, whatever the loss type.
@@ -220,7 +221,10 @@ class PolicyTerms:
 
     def _divergence(self, batch: TokenLogprob) -> Tensor:
         kl_N = k3(batch.policy, batch.reference) if batch.token_kl is None else batch.token_kl
-        return kl_N * bounded_exp(LOG_RATIOS[self.objective.ratio](batch)) if self.kl_corrected else kl_N
+        if not self.kl_corrected:
+            return kl_N
+        level = "sequence_mean" if self.objective.ratio == "sequence_mean" else "token"
+        return kl_N * bounded_exp(LOG_RATIOS[level](batch))
 
     def _reduce(self, batch: TokenLogprob, loss_N: Tensor, S: int) -> Tensor:
         tokens = batch.scored.sum().clamp(min=1)

@@ -171,7 +171,7 @@ def test_every_loss_type_of_trl_is_run():
 
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize(
-    ("settings", "arguments"), [CASES[0], CASES[5], CASES[10], CASES[16]], ids=lambda value: str(value)
+    ("settings", "arguments"), [CASES[0], CASES[5], CASES[10], CASES[16], CASES[-2]], ids=lambda value: str(value)
 )
 def test_divergence_of_trl(settings, arguments, corrected):
     rollout = Rollout()

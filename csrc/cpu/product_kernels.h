@@ -10,11 +10,13 @@ struct Wide {
   static constexpr int64_t kLanes = 4 * ISDAA_LANES / sizeof(T);
   static constexpr int kVectors = ISDAA_LANES == 16 ? 4 : 2;  // of a panel's row
   static constexpr int64_t kPanel = kLanes * kVectors;
-  static constexpr int64_t kStretch = 40960 / (kPanel * sizeof(T));  // of the inner dimension: a panel of it stays near
 };
 
 constexpr int kHeight = 6;          // rows at a time
 constexpr int64_t kRowsNear = 96;   // of the left factor, which all panels pass by
+// Of the inner dimension, summed in registers before it joins what was summed so far: a panel of it stays near, and rounding errors grow
+// with the length of a stretch and the number of them, not with the whole.
+constexpr int64_t kStretch = 160;
 
 // Keeps a loaded vector in its register: folded into the arithmetic it would be loaded once for each row.
 #if defined(__x86_64__)
@@ -86,7 +88,7 @@ struct Strip {
 template <typename T>
 inline void multiply_rows(const Product<T>& p, const Part& part) {
   using W = Wide<T>;
-  const int64_t stretches = p.inner ? (p.inner + W::kStretch - 1) / W::kStretch : 1;
+  const int64_t stretches = p.inner ? (p.inner + kStretch - 1) / kStretch : 1;
   for (int64_t s = 0; s < stretches; ++s) {
     const int64_t begin = p.inner * s / stretches, end = p.inner * (s + 1) / stretches;
     for (int64_t near = part.row_begin; near < part.row_end; near += kRowsNear) {
@@ -111,7 +113,7 @@ inline void multiply_rows(const Product<T>& p, const Part& part) {
 template <typename T>
 inline void multiply_columns(const Product<T>& p, const Part& part, T* scratch) {
   using W = Wide<T>;
-  const int64_t stretches = p.inner ? (p.inner + W::kStretch - 1) / W::kStretch : 1;
+  const int64_t stretches = p.inner ? (p.inner + kStretch - 1) / kStretch : 1;
   for (int64_t s = 0; s < stretches; ++s) {
     const int64_t begin = p.inner * s / stretches, end = p.inner * (s + 1) / stretches, inner = end - begin;
     for (int64_t near = part.row_begin; near < part.row_end; near += kRowsNear) {
@@ -197,5 +199,5 @@ inline void pack_part(const Packing<T>& p, int64_t begin, int64_t end) {
 
 template <typename T>
 constexpr ProductTable<T> product_table() {
-  return {kHeight, Wide<T>::kPanel, kRowsNear * Wide<T>::kStretch, pack_part<T>, multiply_part<T>};
+  return {kHeight, Wide<T>::kPanel, kRowsNear * kStretch, pack_part<T>, multiply_part<T>};
 }

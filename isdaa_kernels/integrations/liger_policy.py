@@ -3,14 +3,13 @@
 B completions of T tokens, D hidden size, V vocabulary; rho = policy / old of a token, A the advantage of its completion.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from isdaa_kernels import OBJECTIVES, Objective, Routed, SamplerCorrection, VocabOrder, linear_logprob, policy_loss
+from isdaa_kernels import Objective, Routed, SamplerCorrection, VocabOrder, linear_logprob, policy_loss
 
 # loss_type -> how the losses of tokens become one number
 CLIPPED = {
@@ -23,8 +22,6 @@ CLIPPED = {
 REDUCTIONS = {**CLIPPED, "cispo": "token_mean", "sapo": "sequence_mean", "vespo": "token_mean"}
 LEVELS = ("token", "sequence")
 LEAST_RATE = 1e-4  # of VESPO, in Liger
-# Liger's own ratio of a token in the corrected KL, where VESPO's is that of the completion
-VESPO = replace(OBJECTIVES["vespo"], ratio="token")
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
@@ -163,7 +160,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 "objective": "sapo", "positive_temperature": temperatures[0], "negative_temperature": temperatures[1],
             }  # fmt: skip
         return {
-            "objective": VESPO,
+            "objective": "vespo",
             "positive_power": self.vespo_k_pos,
             "positive_rate": max(self.vespo_lambda_pos, LEAST_RATE),
             "negative_power": self.vespo_k_neg,
