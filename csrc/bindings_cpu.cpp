@@ -124,7 +124,7 @@ void define_by_keywords(py::module_& m, const char* name, void (*function)(const
 }  // namespace isdaa
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "Row kernels of the CPU backend, over tiles of logits in memory that the caller owns.";
+  m.doc() = "Matrix products and row kernels of the CPU backend, over memory that the caller owns.";
   isdaa::define<float>(m, "float32");
   isdaa::define<double>(m, "float64");
   isdaa::define_routed<float>(m, "float32");

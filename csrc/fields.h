@@ -1,4 +1,4 @@
-// Parameters of a kernel by name: bindings_cuda.cpp fills them from keyword arguments, each of which must be given, and no other.
+// Parameters of a kernel by name: the bindings fill them from keyword arguments, each of which must be given, and no other.
 #pragma once
 #include <cstdint>
 #include <tuple>

@@ -86,8 +86,8 @@ def policy_loss(
     off_policy_threshold
                    leaves out completions with an advantage below 0 that the policy has left (`sampler.off_policy_keep`); None: none.
     kl_weight      of the divergence from the reference, a token at a time: the k3 estimate, or `token_kl`. TRL calls it beta.
-    kl_corrected   whether it is multiplied by the token's importance ratio (where the objective's is the geometric mean over the completion,
-                   by that), which is differentiated too. TRL: use_bias_correction_kl.
+    kl_corrected   whether it is multiplied by the token's importance ratio, which is differentiated too; by the geometric mean over the
+                   completion where that is the objective's ratio. TRL: use_bias_correction_kl.
     token_kl       [N], the exact divergence of each token's distributions (`linear_kl`), differentiable, in the place of the estimate.
     entropy_weight of the entropy of each token's distribution (`stats.entropy`), subtracted. Reduced as the loss is: TRL takes the mean
                    over tokens, whatever the loss type.

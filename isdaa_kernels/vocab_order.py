@@ -28,6 +28,7 @@ class VocabOrder:
             raise ValueError(f"rows: expected an int64 tensor [V], got {self.rows.dtype} {list(self.rows.shape)}")
         if not torch.equal(self.rows.sort().values, torch.arange(len(self.rows), device=self.rows.device)):
             raise ValueError(f"rows: expected each of 0 to {len(self.rows) - 1} once")
+        object.__setattr__(self, "rows", self.rows.contiguous())  # kernels read them as they lie
 
     def to(self, device: torch.device | str) -> "VocabOrder":
         return VocabOrder(self.rows.to(device))

@@ -77,12 +77,13 @@ def test_the_units_of_the_plan_are_counted(backend, dtype, workspace):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workspace", [None, 24.0, 64.0])
-@pytest.mark.parametrize("coefficient", [1.0, 1e-30])
-def test_the_bytes_of_the_plan_hold(dtype, workspace, coefficient):
+@pytest.mark.parametrize(("coefficient", "transposed"), [(1.0, False), (1e-30, False), (1.0, True)])
+def test_the_bytes_of_the_plan_hold(dtype, workspace, coefficient, transposed):
     """PyTorch's own account of what is alive: never more than the plan beyond inputs, output and gradients."""
     N, D, V = 1500, 256, 6000
     sample = make_sample(N, D, V, dtype)
-    hidden, weight = sample.hidden.requires_grad_(), sample.weight.requires_grad_()
+    hidden, weight = (x.t().contiguous().t() if transposed else x for x in (sample.hidden, sample.weight))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     upstream = sample.upstream * coefficient
     with torch.profiler.profile(profile_memory=True) as profile:
         linear_logprob(hidden, weight, sample.targets, max_workspace_mb=workspace, backend="cpu").backward(upstream)

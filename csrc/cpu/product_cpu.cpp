@@ -9,7 +9,6 @@ namespace isdaa {
 namespace {
 
 constexpr int64_t kWorthThreads = 1 << 14;       // elements to copy; below, waking a thread costs more than it does
-constexpr int64_t kWorthThreadsToMultiply = 1 << 18;  // products
 
 // How many threads share the rows; the others share the panels. The split with the least to do for the busiest thread.
 int64_t threads_over_rows(int64_t row_groups, int64_t panels, int64_t threads) {

@@ -6,6 +6,8 @@ namespace isdaa {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t kWorthThreadsToMultiply = 1 << 18;  // products; below, waking a thread costs more than it does
+
 template <typename T>
 const ProductTable<T>& product_table() {
   if constexpr (sizeof(T) == 4) return chosen_row_table().product_f32;

@@ -76,7 +76,7 @@ void routed_block(const RoutedBlock<T>& p, int threads) {
   std::fill(p.sums, p.sums + threads * p.columns, T(0));
   if (p.d_bias) std::fill(p.d_bias, p.d_bias + threads * p.columns, T(0));
   if (p.d_weight && p.weight_count == 0) std::fill(p.d_weight, p.d_weight + p.columns * p.width, T(0));
-#pragma omp parallel num_threads(threads) if (p.weight_count * p.columns >= kWorthThreads)
+#pragma omp parallel num_threads(threads) if (p.weight_count * p.columns * p.width >= kWorthThreadsToMultiply)
   {
     const int64_t t = omp_get_thread_num(), active = omp_get_num_threads();
     for (int64_t start = 0; start < p.weight_count; start += p.piece) {

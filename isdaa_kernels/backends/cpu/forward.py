@@ -44,12 +44,12 @@ def forward(
     if plan.hidden_in_forward:  # which needs the product as it is
         mean_weight, scratch = MeanWeight(problem, kernels), torch.empty_like(buffer)
     for column, column_end in spans(problem.V, plan.vocab_tile):
-        C, weight_DC = column_end - column, weight.columns_of(column, column_end)
+        C = column_end - column
         kept_KC = kept_block(kept_KV, column, column_end)
         for token, token_end in tokens:
             hidden_ND, rows_T = hidden.left(token, token_end)
             tile_TC = buffer[: (token_end - token) * C].view(token_end - token, C)
-            products.multiply(hidden_ND, weight_DC, tile_TC, left_rows=rows_T)
+            products.multiply(hidden_ND, weight.columns_of(column, column_end), tile_TC, left_rows=rows_T)
             kept_TC = kept_KC[token:token_end] if token_end <= len(kept_KC) else None
             scratch_TC = scratch[: tile_TC.numel()].view(tile_TC.shape)
             blocks = None if block_lse_BN is None else block_lse_BN[column // block :, token:token_end]

@@ -37,7 +37,7 @@ class MeanWeight:
         old_max_T: Tensor,
         state: State,
     ) -> None:
-        """The product must be as the library left it, p_TC may be overwritten; `state` has taken the tile in, old_max is its maximum
+        """The product must be as it was made, p_TC may be overwritten; `state` has taken the tile in, old_max is its maximum
         before that."""
         T, C = product_TC.shape
         new_max_T = state.max_N[token : token + T]

@@ -235,8 +235,7 @@ def _scratch_bytes(problem: Problem, columns: int, tokens: int) -> int:
     numbers += 2 * problem.V  # widened biases
     if problem.hidden_dtype != problem.compute_dtype:
         numbers += tokens * D  # rounded
-    if problem.weight_dtype != problem.compute_dtype:
-        numbers += columns * D * (1 + problem.need_weight)  # widened weight, fp32 d_weight of the tile
-    if divergence.reference_weight_dtype != problem.compute_dtype:
-        numbers += columns * E
+    numbers += columns * (D + E)  # weight of other strides or dtype
+    if problem.weight_dtype != problem.compute_dtype and problem.need_weight:
+        numbers += columns * D  # fp32 d_weight of the tile
     return size * numbers + problem.N * _STATE_BYTES

@@ -102,8 +102,9 @@ def _scratch_bytes(problem: Problem, columns: int, tokens: int) -> int:
     numbers += 2 * tokens * D  # hidden of other strides or dtype; d_hidden times its token's scale
     if problem.hidden_dtype != problem.compute_dtype:
         numbers += tokens * D  # rounded
-    if problem.weight_dtype != problem.compute_dtype:
-        numbers += columns * D * (1 + problem.need_weight)  # widened weight, fp32 d_weight of the tile
+    numbers += columns * D  # weight of other strides or dtype
+    if problem.weight_dtype != problem.compute_dtype and problem.need_weight:
+        numbers += columns * D  # fp32 d_weight of the tile
     if problem.routed is not None:
         numbers = max(numbers + GATHERED_ROWS * D, _routed_numbers(problem, tokens))
         return numbers * problem.compute_dtype.itemsize + problem.N * (problem.routed.blocks(problem.V) + _STATE_BYTES)

@@ -47,6 +47,7 @@ class PanelBuffer:
         return self._pack(matrix, rows_J, None, transposed=True)
 
     def _pack(self, matrix: Tensor, rows: Tensor | None, scale: Tensor | None, transposed: bool) -> Panels:
+        _check_rows(rows)
         count, columns = len(matrix) if rows is None else len(rows), matrix.shape[1]
         getattr(native, f"pack_panels_{self.suffix}")(
             threads=torch.get_num_threads(),
@@ -74,6 +75,8 @@ def multiply(
 ) -> Tensor:
     """out[out_rows] (+)= left[left_rows] @ panels, or left.T @ panels. Columns of left and out stand side by side; no row comes twice in
     out_rows."""
+    _check_rows(left_rows)
+    _check_rows(out_rows)
     rows = left.shape[1] if left_transposed else len(left) if left_rows is None else len(left_rows)
     getattr(native, f"multiply_panels_{str(left.dtype).removeprefix('torch.')}")(
         threads=torch.get_num_threads(),
@@ -91,6 +94,10 @@ def multiply(
         add=add,
     )
     return out
+
+
+def _check_rows(rows: Tensor | None) -> None:
+    assert rows is None or (rows.dtype == torch.int64 and rows.is_contiguous())
 
 
 def panel_numbers(K: int, J: int) -> int:

@@ -22,7 +22,7 @@ from isdaa_kernels.routing import faint_tokens
 from isdaa_kernels.stats import TokenGradient
 from isdaa_kernels.targets import scored_rows
 
-# Of all (token, block) pairs: with more of them routed, the exact gradient takes no longer than gathering does.
+# Of all (token, block) pairs: with more of them routed, the exact gradient takes no longer.
 FLAT_SHARE = 0.7
 
 
@@ -134,6 +134,8 @@ class _Walk:
             self.d_bias_V, self.bias_dtype = torch.empty(problem.V, dtype=dtype), transform.bias_V.dtype
 
     def run(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if not len(self.tokens.rows_N):
+            return self._zeros()
         for b in range(len(self.rest_hidden_BD)):
             self._block(b)
         unscale_, d_hidden, d_bias = self.tokens.upstream.unscale_, self.d_hidden_ND, self.d_bias_V
@@ -146,6 +148,11 @@ class _Walk:
         if d_bias is not None:
             d_bias = unscale_(d_bias).to(self.bias_dtype)
         return d_hidden, self.d_weight_VD, d_bias
+
+    def _zeros(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        d_hidden = None if self.d_hidden_ND is None else self._placed(self.d_hidden_ND)
+        d_weight = None if self.d_weight_VD is None else self.d_weight_VD.zero_()
+        return d_hidden, d_weight, None if self.d_bias_V is None else self.d_bias_V.zero_().to(self.bias_dtype)
 
     def _copy(self, hidden_ND: Tensor, dtype: torch.dtype) -> Tensor:
         rows_N = self.tokens.rows_N

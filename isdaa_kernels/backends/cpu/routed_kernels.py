@@ -96,7 +96,11 @@ class RoutedKernels:
         """The tokens routed to block b: the gradient of their products with its C vocabulary rows joins d_hidden and becomes d_CD, and
         its column sums the first row of `bias_TC`; their distributions within the block are summed in the first row of `sums_TC`. The
         mass of those routed for weight alone joins `rest_BN`. Token n is row row_N[n] of hidden and d_hidden."""
-        begin = b * self.block
+        begin, end = b * self.block, b * self.block + C
+        columns = rows = 0
+        if routes.weight_counts[b]:
+            columns = weight.columns_of(begin, end).numbers.data_ptr()
+            rows = 0 if d_hidden_ND is None else weight.rows_of(begin, end).numbers.data_ptr()
         self._native("routed_block")(
             threads=self.threads,
             token=self.token,
@@ -113,8 +117,8 @@ class RoutedKernels:
             row=row_N.data_ptr(),
             hidden_stride=hidden_ND.stride(0),
             width=hidden_ND.shape[1],
-            weight_columns=weight.columns_of(begin, begin + C).numbers.data_ptr(),
-            weight_rows=0 if d_hidden_ND is None else weight.rows_of(begin, begin + C).numbers.data_ptr(),
+            weight_columns=columns,
+            weight_rows=rows,
             d_hidden=address(d_hidden_ND),
             d_weight=address(d_CD),
             d_bias=address(self.bias_TC) if need_bias else 0,
