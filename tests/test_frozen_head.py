@@ -65,7 +65,7 @@ def test_two_units_of_work():
         ours(sample)
     assert counter.flop == 2 * 2 * 512 * 16 * 4096
     with FlopCounter() as small:  # no room: the logits are recomputed
-        ours(make_sample(2048, 2048, 600), max_workspace_mb=17)
+        ours(make_sample(2048, 2048, 600), max_workspace_mb=19)
     assert small.flop > 2.1 * 2 * 2048 * 2048 * 600
 
 
