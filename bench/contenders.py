@@ -37,15 +37,19 @@ class Contender:
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
-        if self.needs is None:
-            return None
-        module, attribute = self.needs.split(":")
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # packages that disagree about a version fail in many ways: all of them are listed
-            return f"{type(error).__name__}: {error}"
+        return why_missing(self.needs)
+
+
+def why_missing(needs: str | None) -> str | None:
+    """Why "module:attribute" is not to be had here, or None."""
+    if needs is None:
+        return None
+    module, attribute = needs.split(":")
+    try:
         found = hasattr(importlib.import_module(module), attribute)
-        return None if found else f"{module} {_version(module)} has no {attribute}"
+    except Exception as error:  # packages that disagree about a version fail in many ways: all of them are listed
+        return f"{type(error).__name__}: {error}"
+    return None if found else f"{module} {_version(module)} has no {attribute}"
 
 
 class Outcome(NamedTuple):

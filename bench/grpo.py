@@ -10,11 +10,9 @@ report.md and grpo.png in --out.
 """
 
 import argparse
-import importlib
 import json
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from bench import device
-from bench.contenders import Outcome
+from bench.contenders import Outcome, why_missing
 from bench.grpo_report import MODES, PARTS, write_report
 from bench.grpo_work import BY_NAME, CASES, CONTENDERS, Case, Contender, Work, make_run, make_work, truth
-from bench.memory import WARM_TOKENS, peak_growth, warm_blas
+from bench.memory import WARM_TOKENS, bytes_of_process, peak_growth, warm_blas
 from bench.states import ROOT, load_states
 from bench.timing import Timed, Unit, measure_rounds
 from isdaa_kernels.testing import relative_error
@@ -62,7 +60,7 @@ class Job:
 def run_suite(settings: Settings, contenders: Sequence[Contender]) -> dict[str, object]:
     states = load_states(settings.states, settings.tokens)
     work, cases = make_work(states, settings.padding), [CASES[name] for name in settings.cases]
-    missing = {contender.name: reason for contender in contenders if (reason := why_missing(contender))}
+    missing = {contender.name: reason for contender in contenders if (reason := why_missing(contender.needs))}
     present = [contender for contender in contenders if contender.name not in missing]
     rows, timed, unit = [], [], Unit(work.hidden_ND, work.weight_VD)
     for case in tqdm(cases, desc="truth", unit="case"):
@@ -110,18 +108,6 @@ def run_suite(settings: Settings, contenders: Sequence[Contender]) -> dict[str, 
     }
 
 
-def why_missing(contender: Contender) -> str | None:
-    """Why it cannot run here, or None."""
-    if contender.needs is None:
-        return None
-    module, attribute = contender.needs.split(":")
-    try:
-        getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # packages that disagree about a version fail in many ways: all of them are listed
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
 def judge(contender: Contender, work: Work, case: Case, true: Outcome) -> dict[str, object]:
     """A row of the report with the errors, red where one is above the contender's bar; both modes are warm then."""
     row = {"case": case.name, "contender": contender.name, "provider": contender.provider, "error": {}, "red": None}
@@ -141,13 +127,10 @@ def measure_memory(row: dict, settings: Settings) -> None:
     job = Job(
         row["contender"], row["case"], settings.states, settings.tokens, settings.padding, torch.get_num_threads()
     )
-    command = [sys.executable, "-m", "bench.grpo", "--job", json.dumps(asdict(job))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        row["memory_error"] = f"exit status {done.returncode}: {said}"
-    else:
-        row["full"]["extra_bytes"] = int(done.stdout.splitlines()[-1])
+    try:
+        row["full"]["extra_bytes"] = bytes_of_process("bench.grpo", "--job", json.dumps(asdict(job)), timeout=600)
+    except RuntimeError as error:
+        row["memory_error"] = str(error)
 
 
 def run_job(job: Job) -> int:

@@ -11,7 +11,6 @@ S rows of T tokens, pairs with the chosen first, N = S * T, D hidden size, V voc
 import argparse
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -312,12 +311,11 @@ def apart(before: Outcome, after: Outcome) -> dict[str, float]:
 
 def extra_bytes(settings: Settings, case: Case, which: str, prompt: float) -> dict[str, object]:
     job = Job(case.title, which, settings.states, settings.tokens, prompt, torch.get_num_threads())
-    command = [sys.executable, "-m", "bench.integrations", "--job", json.dumps(asdict(job))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        return {"extra_bytes": None, "memory_error": f"{case.title}, {which}: exit status {done.returncode}: {said}"}
-    return {"extra_bytes": int(done.stdout.splitlines()[-1])}
+    try:
+        extra = memory.bytes_of_process("bench.integrations", "--job", json.dumps(asdict(job)), timeout=600)
+    except RuntimeError as error:
+        return {"extra_bytes": None, "memory_error": f"{case.title}, {which}: {error}"}
+    return {"extra_bytes": extra}
 
 
 def run_job(job: Job) -> int:
@@ -328,7 +326,7 @@ def run_job(job: Job) -> int:
     few = problem.shorter(min(2 * memory.WARM_TOKENS, problem.length))
     warm = few.targets_N.view(row_shape(few)).clamp(min=0)
     make_run(contender, replace(few, targets_N=warm.flatten()), "full")()
-    torch.mm(torch.ones(512, 512), torch.ones(512, 2048))  # the BLAS's own buffers are nobody's
+    memory.warm_blas()
     outcome, growth = memory.peak_growth(make_run(contender, problem, "full"))
     return growth - outcome.nbytes()
 

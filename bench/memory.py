@@ -34,11 +34,20 @@ class Job:
 
 def measure_in_process(job: Job, timeout: float = 900) -> int:
     """Extra bytes at the peak. Raises RuntimeError with the last line that the process wrote if it fails."""
-    command = [sys.executable, "-m", "bench.memory", json.dumps(asdict(job))]
+    try:
+        return bytes_of_process("bench.memory", json.dumps(asdict(job)), timeout=timeout)
+    except RuntimeError as error:
+        raise RuntimeError(f"memory of {job.contender}: {error}") from error
+
+
+def bytes_of_process(module: str, *arguments: str, timeout: float) -> int:
+    """The number that `python -m module arguments` prints last. Raises RuntimeError with its exit status and the last line that it wrote
+    to stderr if it fails."""
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-        raise RuntimeError(f"memory of {job.contender}: exit status {done.returncode}, it said: {said[0]}")
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise RuntimeError(f"exit status {done.returncode}, it said: {said}")
     return int(done.stdout.splitlines()[-1])
 
 

@@ -279,6 +279,24 @@ def poisoned_empty() -> Iterator[None]:
 
 
 @contextmanager
+def walled_empty() -> Iterator[list[Tensor]]:
+    """Within the block each tensor of torch.empty lies between two walls of sevens, which are yielded, and holds NaN (integers: their
+    largest value). On the CPU alone."""
+    margin, walls = 4096, []
+
+    def walled(*shape, dtype=torch.float32, device=None):
+        shape = shape[0] if shape and not isinstance(shape[0], int) else shape
+        count = int(torch.Size(shape).numel())
+        whole = torch.full((count + 2 * margin,), 7, dtype=dtype)
+        whole[margin : margin + count] = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        walls.extend((whole[:margin], whole[margin + count :]))
+        return whole[margin : margin + count].view(shape)
+
+    with mock.patch.object(torch, "empty", walled):
+        yield walls
+
+
+@contextmanager
 def denormal_numbers_in_products() -> Iterator[list[bool]]:
     """Within the block, for each factor and result of a product of the CPU backend: whether it held a denormal fp32 number."""
     seen: list[bool] = []

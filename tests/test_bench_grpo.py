@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from bench import grpo
-from bench.grpo import Job, Settings, judge, main, measure_memory, run_job, run_suite, why_missing
+from bench.contenders import why_missing
+from bench.grpo import Job, Settings, judge, main, measure_memory, run_job, run_suite
 from bench.grpo_report import draw, markdown
 from bench.grpo_work import BY_NAME, CASES, CONTENDERS, IGNORED, KL_WEIGHT, dense, make_run, make_work, truth
 from bench.states import load_states
@@ -74,7 +75,7 @@ def test_the_truth_is_the_loss_of_policy_loss(work, case):
     ids=lambda x: x.name,
 )
 def test_every_contender_does_the_work(work, contender, case):
-    assert why_missing(contender) is None
+    assert why_missing(contender.needs) is None
     row = judge(contender, work, case, truth(work, case))
     assert row["red"] is None
     assert max(row["error"].values()) < 1e-5

@@ -8,7 +8,19 @@ import pytest
 import torch
 from emulated_cuda import emulated_module
 from gpu_backends import DEVICE
-from test_linear_kl import DTYPES, HEADS, KINDS, NAMES, PLAIN, Pair, dense, dense_masked, make_pair
+from test_linear_kl import (
+    DTYPES,
+    HEADS,
+    KINDS,
+    NAMES,
+    PLAIN,
+    Pair,
+    check_a_non_finite_row,
+    dense,
+    dense_masked,
+    make_pair,
+    to_device,
+)
 from test_linear_kl import ours as ours_of
 
 from isdaa_kernels import LMHead, NoBackend, check, explain_backends, linear_kl, ops, plan
@@ -18,7 +30,7 @@ from isdaa_kernels.backends.cuda import linear_kl as cuda_linear_kl
 from isdaa_kernels.backends.gpu import plan as plans
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.divergence import Divergence
-from isdaa_kernels.testing import FlopCounter, assert_error_contract, poisoned_empty, relative_error
+from isdaa_kernels.testing import FlopCounter, assert_error_contract, poisoned_empty, relative_error, walled_empty
 
 STEP = 128 if DEVICE == "cpu" else 256  # of tokens in a slab of the backward
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and extension.native is None, reason="a GPU, but no compiled part")
@@ -41,24 +53,14 @@ def _small_slabs(monkeypatch):
     monkeypatch.setattr(plans, "WEIGHT_ROWS", 48)
 
 
-def to_device(pair: Pair) -> Pair:
-    moved = {name: getattr(pair, name).to(DEVICE) for name in ("hidden", "reference_hidden", "targets", "upstream")}
-    for name in ("head", "reference_head"):
-        head = getattr(pair, name)
-        moved[name] = replace(
-            head, weight=head.weight.to(DEVICE), bias=None if head.bias is None else head.bias.to(DEVICE)
-        )
-    return replace(pair, **moved)
-
-
 def ours(pair: Pair, **options) -> list[torch.Tensor]:
     options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    return [x.cpu() for x in ours_of(to_device(pair), "cuda", **options)]
+    return [x.cpu() for x in ours_of(to_device(pair, DEVICE), "cuda", **options)]
 
 
 def without_head(pair: Pair, **options) -> list[torch.Tensor]:
     """(value, d_hidden): with a head that is frozen, whose gradient's many rows take the emulator long."""
-    moved = to_device(pair)
+    moved = to_device(pair, DEVICE)
     hidden = moved.hidden.detach().clone().requires_grad_()
     value = linear_kl(
         hidden, moved.head, moved.reference_hidden, moved.reference_head, targets=moved.targets, backend="cuda", **options
@@ -162,7 +164,7 @@ def test_a_16_bit_gradient_loses_nothing_that_its_outputs_keep(kind, dtype):
 
 @pytest.mark.parametrize("wants", ["hidden", "weight", "bias", "hidden bias", ""])
 def test_partial_requires_grad(wants):
-    pair = to_device(make_pair(40, 8, 200, torch.bfloat16, ignored=0.2))
+    pair = to_device(make_pair(40, 8, 200, torch.bfloat16, ignored=0.2), DEVICE)
     whole = dict(zip(("value", "hidden", "weight", "bias"), ours_of(pair, "cuda", direction="jsd"), strict=True))
     leaves = {"hidden": pair.hidden, "weight": pair.head.weight, "bias": pair.head.bias}
     for name, leaf in leaves.items():
@@ -184,7 +186,7 @@ def test_partial_requires_grad(wants):
 
 
 def test_any_strides():
-    pair = to_device(make_pair(34, 10, 130))
+    pair = to_device(make_pair(34, 10, 130), DEVICE)
     plain = ours_of(pair, "cuda", direction="forward")
     hidden = pair.hidden.T.contiguous().T.requires_grad_()
     weight = torch.cat([pair.head.weight] * 2, 1)[:, :10].requires_grad_()
@@ -344,24 +346,7 @@ def test_nothing_to_score(kind):
 @pytest.mark.parametrize("where", ["hidden", "reference_hidden", "upstream", "ignored"])
 @pytest.mark.parametrize("kind", ["reverse"])
 def test_a_non_finite_row_stays_in_its_row(kind, where, bad):
-    pair = make_pair(20, 8, 60, bias=False)
-    clean = ours(pair, **KINDS[kind])
-    for name in ("hidden", "reference_hidden") if where == "ignored" else (where,):
-        getattr(pair, name)[5] = bad
-    if where == "ignored":
-        pair.targets[5] = -100
-    value, d_hidden, d_weight = ours(pair, **KINDS[kind])
-    others = torch.arange(20) != 5
-    assert torch.equal(value[others], clean[0][others])
-    assert relative_error(d_hidden[others], clean[1][others]) < 1e-6
-    if where == "ignored":
-        assert value[5] == 0
-        assert (d_hidden[5] == 0).all()
-        assert d_weight.isfinite().all()
-    else:
-        assert value[5].isfinite() == (where == "upstream")
-        assert not d_hidden[5].isfinite().all()
-        assert not d_weight.isfinite().all()
+    check_a_non_finite_row(make_pair(20, 8, 60, bias=False), lambda p: ours(p, **KINDS[kind]), where, bad)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="targets on the CPU raise at once")
@@ -390,7 +375,7 @@ def test_more_scored_tokens_than_promised():
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_a_token_does_not_see_its_batch(kind):
-    pair = to_device(make_pair(50, 19, 2500, torch.bfloat16, E=32))
+    pair = to_device(make_pair(50, 19, 2500, torch.bfloat16, E=32), DEVICE)
 
     def call(rows, **options):
         p = pair.rows(rows)
@@ -454,22 +439,12 @@ def test_a_reverse_divergence_of_thousands_fits_into_fp16():
 @on_the_host
 @pytest.mark.parametrize(("dtype", "scored"), [("fp32", 0), ("bf16", 20), ("bf16", 150)])
 @pytest.mark.usefixtures("_small_slabs")
-def test_nothing_is_written_outside_the_buffers(monkeypatch, dtype, scored):
+def test_nothing_is_written_outside_the_buffers(dtype, scored):
     """Slabs wholly behind the last live token included."""
     pair = make_pair(150, 12, 200, DTYPES[dtype])
     pair.targets[scored:] = -100
-    plain, margin, walls = torch.empty, 4096, []
-
-    def walled(*shape, dtype=torch.float32, device=None):
-        shape = shape[0] if shape and not isinstance(shape[0], int) else shape
-        count = int(torch.Size(shape).numel())
-        whole = torch.full((count + 2 * margin,), 7, dtype=dtype)
-        whole[margin : margin + count] = float("nan")
-        walls.extend((whole[:margin], whole[margin + count :]))
-        return whole[margin : margin + count].view(shape)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", walled)
+    plain = torch.empty
+    with walled_empty() as walls:
         found = ours(pair, direction="jsd")
     assert torch.empty is plain
     assert len(walls) > 20

@@ -20,6 +20,7 @@ from isdaa_kernels.testing import (
     make_sample,
     poisoned_empty,
     relative_error,
+    walled_empty,
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -96,22 +97,12 @@ def test_many_slabs_and_chunks(monkeypatch, dtype, workspace):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scored", [0, 3, 20, 64, 150])
 @pytest.mark.usefixtures("_small_slabs")
-def test_nothing_is_written_outside_the_buffers(monkeypatch, dtype, scored):
+def test_nothing_is_written_outside_the_buffers(dtype, scored):
     """Slabs wholly behind the last live token included."""
     sample = sample_of(150, 24, 300, dtype, bias=True)
     sample.targets[scored:] = -100
-    plain, margin, walls = torch.empty, 4096, []
-
-    def walled(*shape, dtype=torch.float32, device=None):
-        shape = shape[0] if shape and not isinstance(shape[0], int) else shape
-        count = int(torch.Size(shape).numel())
-        whole = torch.full((count + 2 * margin,), 7, dtype=dtype)
-        whole[margin : margin + count] = float("nan")
-        walls.extend((whole[:margin], whole[margin + count :]))
-        return whole[margin : margin + count].view(shape)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", walled)
+    plain = torch.empty
+    with walled_empty() as walls:
         value, d_hidden, d_weight, d_bias = ours(sample)
     assert torch.empty is plain
     assert len(walls) > 10

@@ -21,6 +21,7 @@ from isdaa_kernels.testing import (
     make_sample,
     poisoned_empty,
     relative_error,
+    walled_empty,
 )
 
 NAMES = ("logprob", "d_hidden", "d_weight", "d_bias")
@@ -467,23 +468,13 @@ def test_the_host_never_waits_for_the_device(monkeypatch, dtype):
     ],
 )
 @pytest.mark.usefixtures("_small_slabs")
-def test_nothing_is_written_outside_the_buffers(monkeypatch, dtype, scored):
+def test_nothing_is_written_outside_the_buffers(dtype, scored):
     """Slabs wholly behind the last live token included."""
     sample = sample_of(80, V=200, dtype=dtype, bias=True)
     sample.targets[scored:] = -100
-    plain, margin, walls = torch.empty, 4096, []
-
-    def walled(*shape, dtype=torch.float32, device=None):
-        shape = shape[0] if shape and not isinstance(shape[0], int) else shape
-        count = int(torch.Size(shape).numel())
-        whole = torch.full((count + 2 * margin,), 7, dtype=dtype)
-        whole[margin : margin + count] = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
-        walls.extend((whole[:margin], whole[margin + count :]))
-        return whole[margin : margin + count].view(shape)
-
+    plain = torch.empty
     gradient, order = Routed(1e-2, block=64), some_order(200)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", walled)
+    with walled_empty() as walls:
         found = ours(sample, gradient, vocab_order=order)
     assert torch.empty is plain
     assert len(walls) > 20

@@ -6,7 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_backends import DEVICE
-from test_linear_kl import KINDS, NAMES, PLAIN, Pair, dense, dense_masked, make_pair, ours
+from test_linear_kl import (
+    KINDS,
+    NAMES,
+    PLAIN,
+    Pair,
+    check_a_non_finite_row,
+    dense,
+    dense_masked,
+    make_pair,
+    ours,
+    to_device,
+)
 
 from isdaa_kernels import LMHead, explain_backends, linear_kl, plan
 from isdaa_kernels.backends.gpu import plan as plans
@@ -35,12 +46,7 @@ def _small_slabs(monkeypatch):
 
 
 def pair_of(*args, **kwargs) -> Pair:
-    pair = make_pair(*args, **kwargs)
-    to = lambda h: replace(h, weight=h.weight.to(DEVICE), bias=None if h.bias is None else h.bias.to(DEVICE))  # noqa: E731
-    pair.head, pair.reference_head = to(pair.head), to(pair.reference_head)
-    for name in ("hidden", "reference_hidden", "targets", "upstream"):
-        setattr(pair, name, getattr(pair, name).to(DEVICE))
-    return pair
+    return to_device(make_pair(*args, **kwargs), DEVICE)
 
 
 def of_triton(pair: Pair, **options) -> list[torch.Tensor]:
@@ -202,24 +208,8 @@ def test_rows_without_probability(where):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("where", ["hidden", "reference_hidden", "upstream", "ignored"])
 def test_a_non_finite_row_stays_in_its_row(where, dtype):
-    pair = pair_of(40, 8, 150, DTYPES[dtype], bias=False)
-    clean = of_triton(pair, direction="forward")
-    for name in ("hidden", "reference_hidden") if where == "ignored" else (where,):
-        getattr(pair, name)[5] = math.nan
-    if where == "ignored":
-        pair.targets[5] = -100
-    value, d_hidden, d_weight = of_triton(pair, direction="forward")
-    others = torch.arange(40, device=DEVICE) != 5
-    assert torch.equal(value[others], clean[0][others])
-    assert relative_error(d_hidden[others], clean[1][others]) < (1e-6 if dtype == "fp32" else 4e-3)
-    if where == "ignored":
-        assert value[5] == 0
-        assert (d_hidden[5] == 0).all()
-        assert d_weight.isfinite().all()
-    else:
-        assert value[5].isfinite() == (where == "upstream")
-        assert not d_hidden[5].isfinite().all()
-        assert not d_weight.isfinite().all()
+    pair, bar = pair_of(40, 8, 150, DTYPES[dtype], bias=False), 1e-6 if dtype == "fp32" else 4e-3
+    check_a_non_finite_row(pair, lambda p: of_triton(p, direction="forward"), where, math.nan, bar)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

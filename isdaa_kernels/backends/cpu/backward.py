@@ -49,11 +49,7 @@ def backward(
         )
         return d_hidden, None, None
     sweep = Sweep(problem, grad, hidden_ND, weight_VD, targets_N, transform, ignore_index, lse_N, kept_KV)
-    if not sweep.plan.split:
-        return sweep.run(problem.need_hidden, problem.need_weight, need_bias)
-    d_hidden, _, _ = sweep.run(True, False, False, tokens_outside=True)
-    _, d_weight, d_bias = sweep.run(False, problem.need_weight, need_bias)
-    return d_hidden, d_weight, d_bias
+    return sweep.gradients(need_bias)
 
 
 class Sweep:
@@ -65,10 +61,18 @@ class Sweep:
         self.rows = scored[active]
         self.kept_KV, self.kept_rows = kept_KV, active[active < len(kept_KV)]
         self.hidden_ND, self.weight_VD = hidden_ND, weight_VD
-        self.dtype, self.plan, self.V = problem.compute_dtype, make_plan(problem), problem.V
+        self.problem, self.plan = problem, make_plan(problem)
+        self.dtype, self.V = problem.compute_dtype, problem.V
         self.upstream = Upstream(grad.select(self.rows).map(lambda term_N: term_N.to(self.dtype)))
         self.lse_N = lse_N.index_select(0, self.rows)
         self.kernels = RowKernels(transform, self.rows, targets_N, self.dtype)
+
+    def gradients(self, need_bias: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if not self.plan.split:
+            return self.run(self.problem.need_hidden, self.problem.need_weight, need_bias)
+        d_hidden, _, _ = self.run(True, False, False, tokens_outside=True)
+        _, d_weight, d_bias = self.run(False, self.problem.need_weight, need_bias)
+        return d_hidden, d_weight, d_bias
 
     def run(self, need_hidden: bool, need_weight: bool, need_bias: bool, tokens_outside: bool = False):
         tile, up = self.plan.token_tile, self.upstream

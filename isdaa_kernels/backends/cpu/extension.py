@@ -1,5 +1,8 @@
 """The compiled part of the CPU backend: `native`, None where it is `missing`."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 try:
@@ -8,6 +11,11 @@ try:
     missing = ""
 except ImportError as error:  # reported by refusal() and describe()
     native, missing = None, str(error)
+
+
+def kernel(name: str, dtype: torch.dtype) -> Callable:
+    """What is compiled for each dtype of the arithmetic."""
+    return getattr(native, f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
 def address(tensor: Tensor | None, row: int = 0) -> int:

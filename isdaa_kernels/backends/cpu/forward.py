@@ -53,7 +53,7 @@ def forward(
             kept_TC = kept_KC[token:token_end] if token_end <= len(kept_KC) else None
             scratch_TC = scratch[: tile_TC.numel()].view(tile_TC.shape)
             blocks = None if block_lse_BN is None else block_lse_BN[column // block :, token:token_end]
-            old_max_T = state.max_N[token:token_end].clone()
+            old_max_T = None if mean_weight is None else state.max_N[token:token_end].clone()
             kernels.forward_tile(tile_TC, None, scratch_TC, token, column, state, kept_TC, blocks, block)
             if mean_weight is not None:
                 weight_CD = weight.rows_of(column, column_end)

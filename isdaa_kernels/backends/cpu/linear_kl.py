@@ -95,12 +95,7 @@ def backward(
     numbers_4N: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    sweep = KlSweep(problem, grad_N, policy, reference, targets_N, ignore_index, numbers_4N)
-    if not sweep.plan.split:
-        return sweep.run(problem.need_hidden, problem.need_weight, need_bias)
-    d_hidden, _, _ = sweep.run(True, False, False, tokens_outside=True)
-    _, d_weight, d_bias = sweep.run(False, problem.need_weight, need_bias)
-    return d_hidden, d_weight, d_bias
+    return KlSweep(problem, grad_N, policy, reference, targets_N, ignore_index, numbers_4N).gradients(need_bias)
 
 
 class KlSweep(Sweep):

@@ -6,7 +6,7 @@ T tokens of a tile, C columns (vocabulary rows) of a tile.
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.extension import native
+from isdaa_kernels.backends.cpu.extension import kernel
 from isdaa_kernels.backends.cpu.tiles import RowKernels
 from isdaa_kernels.divergence import DIRECTIONS, Divergence
 
@@ -86,7 +86,7 @@ class KlKernels:
         heads: dict,
     ) -> None:
         addresses = {key: x.data_ptr() + token * x.stride(0) * x.element_size() for key, x in numbers.items()}
-        getattr(native, f"kl_{name}_tile_{self.policy.suffix}")(
+        kernel(f"kl_{name}_tile", self.policy.dtype)(
             policy=policy_TC.data_ptr(),
             policy_stride=policy_TC.stride(0),
             reference=reference_TC.data_ptr(),

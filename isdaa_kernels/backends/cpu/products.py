@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.extension import address, native
+from isdaa_kernels.backends.cpu.extension import address, kernel
 
 WIDEST_PANEL = 64  # of all instruction sets, in columns
 
@@ -34,8 +34,7 @@ class PanelBuffer:
     """Room for a right factor of up to [K, J]. The panels made last are the only ones that are valid."""
 
     def __init__(self, K: int, J: int, dtype: torch.dtype):
-        self.suffix = str(dtype).removeprefix("torch.")
-        self.width = getattr(native, f"panel_width_{self.suffix}")()
+        self.width = kernel("panel_width", dtype)()
         self.numbers = torch.empty(-(-J // self.width) * self.width * K, dtype=dtype)
 
     def of_rows(self, matrix: Tensor, rows_K: Tensor | None = None, scale_K: Tensor | None = None) -> Panels:
@@ -49,7 +48,7 @@ class PanelBuffer:
     def _pack(self, matrix: Tensor, rows: Tensor | None, scale: Tensor | None, transposed: bool) -> Panels:
         _check_rows(rows)
         count, columns = len(matrix) if rows is None else len(rows), matrix.shape[1]
-        getattr(native, f"pack_panels_{self.suffix}")(
+        kernel("pack_panels", self.numbers.dtype)(
             threads=torch.get_num_threads(),
             values=matrix.data_ptr(),
             row=address(rows),
@@ -78,7 +77,7 @@ def multiply(
     _check_rows(left_rows)
     _check_rows(out_rows)
     rows = left.shape[1] if left_transposed else len(left) if left_rows is None else len(left_rows)
-    getattr(native, f"multiply_panels_{str(left.dtype).removeprefix('torch.')}")(
+    kernel("multiply_panels", left.dtype)(
         threads=torch.get_num_threads(),
         left=left.data_ptr(),
         left_row=address(left_rows),

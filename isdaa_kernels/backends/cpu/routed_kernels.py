@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.extension import address, native
+from isdaa_kernels.backends.cpu.extension import address, kernel
 from isdaa_kernels.backends.cpu.products import PanelBuffer
 from isdaa_kernels.backends.cpu.tiles import RowKernels, WeightTiles
 from isdaa_kernels.lm_head import Transform
@@ -41,8 +41,8 @@ class RoutedKernels:
     ):  # fmt: skip
         self.tokens, self.block_lse_BN, self.dtype = tokens, block_lse_BN, dtype
         self.rows = RowKernels(transform, tokens.rows_N, targets_N, dtype)
-        self.suffix, self.threads = self.rows.suffix, self.rows.threads
-        self.token = self._native("RoutedTokens")(
+        self.threads = self.rows.threads
+        self.token = kernel("RoutedTokens", self.dtype)(
             block_lse=block_lse_BN.data_ptr(),
             block_lse_stride=block_lse_BN.stride(0),
             position=tokens.position_N.data_ptr(),
@@ -56,9 +56,6 @@ class RoutedKernels:
         self.block = routed.block
         self.sums_TC, self.bias_TC = torch.empty(2, self.threads, routed.block, dtype=dtype)  # a row for each thread
 
-    def _native(self, name: str):
-        return getattr(native, f"{name}_{self.suffix}")
-
     def choose_routes(self, routed: Routed) -> BlockRoutes:
         B, N = len(self.block_lse_BN), len(self.tokens.rows_N)
         route_BN, rest_BN = torch.empty(B, N, dtype=torch.uint8), torch.empty(B, N, dtype=self.dtype)
@@ -67,7 +64,7 @@ class RoutedKernels:
             scale = float(mean_size(self.tokens.coefficient_N.abs()))
         else:
             scale = routed.scale * 2.0**-self.tokens.upstream.top
-        self._native("route_blocks")(
+        kernel("route_blocks", self.dtype)(
             token=self.token,
             limit=routed.tolerance * scale,
             row_share=routed.row_share,
@@ -101,7 +98,7 @@ class RoutedKernels:
         if routes.weight_counts[b]:
             columns = weight.columns_of(begin, end).numbers.data_ptr()
             rows = 0 if d_hidden_ND is None else weight.rows_of(begin, end).numbers.data_ptr()
-        self._native("routed_block")(
+        kernel("routed_block", self.dtype)(
             threads=self.threads,
             token=self.token,
             route=routes.route_BN[b].data_ptr(),
@@ -137,7 +134,7 @@ class RoutedKernels:
         """The block's mean distribution [C], which takes the place of the sums. With it the rest joins d_CD, which goes, in the unit of
         the result, to the rows `where_C` of out_VD; d_CD itself where that is None."""
         limit, first, second = self.tokens.upstream.unscaling()
-        self._native("finish_block")(
+        kernel("finish_block", self.dtype)(
             sums=self.sums_TC.data_ptr(),
             columns=C,
             width=len(rest_hidden_D),

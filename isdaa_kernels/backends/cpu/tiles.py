@@ -6,7 +6,7 @@ T tokens of a tile, C columns (vocabulary rows) of a tile, D hidden size.
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.extension import address, native
+from isdaa_kernels.backends.cpu.extension import address, kernel
 from isdaa_kernels.backends.cpu.products import PanelBuffer, Panels
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.stats import StatsRequest, TokenGradient
@@ -109,7 +109,6 @@ class RowKernels:
     def __init__(self, transform: Transform, rows_N: Tensor, targets_N: Tensor, dtype: torch.dtype):
         self.transform = transform
         self.dtype, self.size = dtype, dtype.itemsize
-        self.suffix = str(dtype).removeprefix("torch.")
         self.bias_V = None if transform.bias_V is None else transform.in_order(transform.bias_V).to(dtype).contiguous()
         inverse = transform.inverse_temperature(rows_N, dtype)
         self.inverse_N = None if isinstance(inverse, float) else inverse
@@ -150,7 +149,7 @@ class RowKernels:
         """Fold a tile of logits (whose rows `logits_rows_T` names) into the state of its tokens. scratch_TC may be overwritten, and may
         be the logits; kept_TC receives a copy of them first; block_lse_BT, if given, the log-sum-exps of blocks of `block` columns."""
         target_T = self.targets_N[token : token + len(scratch_TC)] - column
-        getattr(native, f"forward_tile_{self.suffix}")(
+        kernel("forward_tile", self.dtype)(
             logits=logits.data_ptr(),
             row_index=address(logits_rows_T),
             logits_stride=logits.stride(0),
@@ -183,7 +182,7 @@ class RowKernels:
         rows are those that `logits_rows_T` and `out_rows_T` name; not both None where neither is one tile high."""
         count = len(out) if out_rows_T is None else len(out_rows_T)
         target_T = self.targets_N[token : token + count] - column
-        getattr(native, f"backward_tile_{self.suffix}")(
+        kernel("backward_tile", self.dtype)(
             logits=logits.data_ptr(),
             row_index=address(logits_rows_T),
             logits_stride=logits.stride(0),

@@ -14,9 +14,10 @@ from torch import Tensor
 from isdaa_kernels.backends.cuda.launch_linear_kl import BIAS_ROWS, Heads, KlKernels
 from isdaa_kernels.backends.cuda.linear_kl_logits import LogitsOf
 from isdaa_kernels.backends.cuda.linear_kl_plan import halves, make_plan, sides
+from isdaa_kernels.backends.gpu.backward_pass import Sweep
 from isdaa_kernels.backends.gpu.library import accumulate, product
 from isdaa_kernels.backends.gpu.slabs import Head, LiveTokens, padded_rows
-from isdaa_kernels.backends.gpu.sums import BiasSum, HiddenSum, WeightSum, finish_hidden_rows, finish_rows
+from isdaa_kernels.backends.gpu.sums import HiddenSum, WeightSum, finish_hidden_rows, finish_rows
 from isdaa_kernels.backends.gpu.upstream import Upstream
 from isdaa_kernels.dispatch import Problem, on
 from isdaa_kernels.divergence import Model
@@ -36,14 +37,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     with on(policy.hidden_ND.device):
         live = LiveTokens((targets_N != ignore_index) & (grad_N != 0), problem.N)
-        sweep = _Sweep(problem, grad_N, policy, reference, live, numbers_4N)
-        need_hidden, need_weight = problem.need_hidden, problem.need_weight
-        if need_hidden and (sweep.plan.split or not need_weight):
-            d_hidden, _, d_bias = sweep.run(True, False, need_bias and not need_weight, tokens_outside=True)
-            if not need_weight:
-                return d_hidden, None, d_bias
-            return d_hidden, *sweep.run(False, True, need_bias)[1:]
-        return sweep.run(need_hidden, need_weight, need_bias)
+        return KlSweep(problem, grad_N, policy, reference, live, numbers_4N).gradients(need_bias)
 
 
 def _bounded(problem: Problem, grad_N: Tensor, numbers_4N: Tensor) -> TokenGradient:
@@ -81,8 +75,36 @@ class _Chunk:
     is_last: bool
 
 
-class _Sweep:
-    """One or two walks over the slabs and chunks of the same backward; what `backends.gpu.sums` asks of one."""
+def _add_products(halves_TC: list[Tensor], other: Tensor, out: Tensor, is_first: bool) -> None:
+    """out = or += the sum of each half times `other`."""
+    for half in halves_TC:
+        (product if is_first else accumulate)(half, other, out)
+        is_first = False
+
+
+class _HiddenSum(HiddenSum):
+    def add(self, slab: _Slab, chunk: _Chunk, g: list[Tensor], _) -> None:
+        sum_TD = self.sum_ND if self.one_slab else self.sum_ND[slab.first : slab.first + len(g[0])]
+        _add_products(g, chunk.weight_CD, sum_TD, chunk.is_first)
+        if chunk.is_last:
+            finish_hidden_rows(self.sweep, slab, sum_TD, self.out_ND)
+
+
+class _WeightSum(WeightSum):
+    def add(self, slab: _Slab, chunk: _Chunk, g: list[Tensor], _) -> None:
+        begin, C = chunk.span[0], g[0].shape[1]
+        for row in range(0, C, self.rows):
+            sum_RD = self.sum_RD[: min(self.rows, C - row)]
+            pieces = [half_TC[:, row : row + len(sum_RD)].T for half_TC in g]
+            _add_products(pieces, slab.hidden_TD, sum_RD, slab.is_first)
+            if slab.is_last:
+                finish_rows(self.sweep, self.sweep.hidden_ND, sum_RD, begin + row, self.out_VD)
+
+
+class KlSweep(Sweep):
+    """The walks of a backward, with the logits of two heads in each chunk and the gradient in halves."""
+
+    hidden_sum, weight_sum = _HiddenSum, _WeightSum
 
     def __init__(self, problem, grad_N, policy, reference, live, numbers_4N):
         self.problem, self.live, self.numbers_4N, self.plan = problem, live, numbers_4N, make_plan(problem)
@@ -96,17 +118,6 @@ class _Sweep:
         self.upstream = Upstream(self.kernels, grad, live, self.head, zeros_N, numbers_4N[0], self.dtype)
         self.order = _NoEntries(live, problem.V)
         self.targets_T = torch.full((self.T,), -1, dtype=torch.int32, device=grad_N.device)
-
-    def run(self, need_hidden: bool, need_weight: bool, need_bias: bool, tokens_outside: bool = False):
-        d_hidden = _HiddenSum(self, one_slab=tokens_outside) if need_hidden else None
-        d_weight = _WeightSum(self) if need_weight else None
-        d_bias = BiasSum(self) if need_bias else None
-        sums = [d for d in (d_hidden, d_weight, d_bias) if d is not None]
-        if sums:
-            for slab, chunk, g, bias_sums in self._gradient_chunks(tokens_outside, need_bias):
-                for d in sums:
-                    d.add(slab, chunk, g, bias_sums)
-        return tuple(None if d is None else d.finish() for d in (d_hidden, d_weight, d_bias))
 
     def _gradient_chunks(self, tokens_outside: bool, need_bias: bool):
         """Yields (slab, chunk, halves of the gradient [T, C], its sums over rows [., C] or None), all in buffers of the walk."""
@@ -139,29 +150,3 @@ class _Sweep:
         tokens = self.upstream.tokens(first, self.T, padded_rows(self.live, first, self.T))
         hidden_TD = policy.load(first, tokens[7] if self.upstream.scales_hidden else None)
         return _Slab(first, hidden_TD, tokens, self.targets_T, first == 0, first + self.T >= self.live.capacity)
-
-
-def _add_products(halves_TC: list[Tensor], other: Tensor, out: Tensor, is_first: bool) -> None:
-    """out = or += the sum of each half times `other`."""
-    for half in halves_TC:
-        (product if is_first else accumulate)(half, other, out)
-        is_first = False
-
-
-class _HiddenSum(HiddenSum):
-    def add(self, slab: _Slab, chunk: _Chunk, g: list[Tensor], _) -> None:
-        sum_TD = self.sum_ND if self.one_slab else self.sum_ND[slab.first : slab.first + len(g[0])]
-        _add_products(g, chunk.weight_CD, sum_TD, chunk.is_first)
-        if chunk.is_last:
-            finish_hidden_rows(self.sweep, slab, sum_TD, self.out_ND)
-
-
-class _WeightSum(WeightSum):
-    def add(self, slab: _Slab, chunk: _Chunk, g: list[Tensor], _) -> None:
-        begin, C = chunk.span[0], g[0].shape[1]
-        for row in range(0, C, self.rows):
-            sum_RD = self.sum_RD[: min(self.rows, C - row)]
-            pieces = [half_TC[:, row : row + len(sum_RD)].T for half_TC in g]
-            _add_products(pieces, slab.hidden_TD, sum_RD, slab.is_first)
-            if slab.is_last:
-                finish_rows(self.sweep, self.sweep.hidden_ND, sum_RD, begin + row, self.out_VD)

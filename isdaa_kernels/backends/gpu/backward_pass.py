@@ -51,6 +51,8 @@ def backward(
 class Sweep:
     """One or two walks over the slabs and chunks of the same backward."""
 
+    hidden_sum, weight_sum = HiddenSum, WeightSum
+
     def __init__(self, call: Call, hidden_ND, weight_VD, targets_N, head, live, grad, logprob_N, lse_N):
         self.call, self.kernels, self.problem, self.dtype = call, call.kernels, call.problem, call.dtype
         self.hidden_ND, self.weight_VD, self.targets_N = hidden_ND, weight_VD, targets_N
@@ -74,8 +76,8 @@ class Sweep:
     def run(self, need_hidden: bool, need_weight: bool, need_bias: bool, tokens_outside: bool = False):
         if (need_weight or need_bias) and self.order is None:
             self.order = TargetOrder(self.live, self.targets_N, self.problem.V, self.upstream)
-        d_hidden = HiddenSum(self, one_slab=tokens_outside) if need_hidden else None
-        d_weight = WeightSum(self) if need_weight else None
+        d_hidden = self.hidden_sum(self, one_slab=tokens_outside) if need_hidden else None
+        d_weight = self.weight_sum(self) if need_weight else None
         d_bias = BiasSum(self) if need_bias else None
         sums = [d for d in (d_hidden, d_weight, d_bias) if d is not None]
         if sums:
