@@ -3,7 +3,7 @@
 from isdaa_kernels import monitors
 from isdaa_kernels.dispatch import NoBackend, Problem
 from isdaa_kernels.explain import explain_backends, plan
-from isdaa_kernels.linear_kl import linear_kl
+from isdaa_kernels.linear_kl import KlLogprobs, linear_kl
 from isdaa_kernels.linear_logprob import linear_logprob, linear_logprob_stats
 from isdaa_kernels.linear_policy_loss import linear_policy_loss
 from isdaa_kernels.linear_preference_loss import linear_preference_loss
@@ -40,6 +40,7 @@ __all__ = [
     "OBJECTIVES",
     "BatchState",
     "ImportanceWeight",
+    "KlLogprobs",
     "LMHead",
     "NamedObjective",
     "NoBackend",

@@ -3,6 +3,7 @@
 N tokens, D hidden size (E that of the reference), V vocabulary. p, q: the probabilities of policy and reference.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ class Divergence:
     """Of a `Problem`, whose hidden_dtype, weight_dtype and D are the policy's; no tensor data.
 
     forward KL(q || p), reverse KL(p || q), jsd (1 - w) KL(p || m) + w KL(q || m) with m = (1 - w) p + w q and w = jsd_weight.
+    logprobs: log p and log q of the targets are wanted too, the policy's with a gradient.
     """
 
     direction: str
@@ -26,6 +28,7 @@ class Divergence:
     reference_D: int
     reference_hidden_dtype: torch.dtype
     reference_weight_dtype: torch.dtype
+    logprobs: bool = False
 
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         return self.reference_hidden_dtype, self.reference_weight_dtype
@@ -37,6 +40,28 @@ class Model(NamedTuple):
     hidden_ND: Tensor
     weight_VD: Tensor
     transform: Transform
+
+
+class KlGradient(NamedTuple):
+    """The upstream gradients [N] of the divergence and of the policy's log-prob, None where there are no log-probs:
+
+    d loss / d z[n, j] = divergence[n] * (d divergence / d z[n, j]) + logprob[n] * (onehot[n, j] - p[n, j])
+    """
+
+    divergence_N: Tensor
+    logprob_N: Tensor | None = None
+
+    def terms(self) -> tuple[Tensor, ...]:
+        return tuple(term_N for term_N in self if term_N is not None)
+
+    def active(self) -> Tensor:
+        """bool [N]: any coefficient other than 0 (NaN counts)."""
+        active_N = self.divergence_N != 0
+        return active_N if self.logprob_N is None else active_N | (self.logprob_N != 0)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "KlGradient":
+        """`function` of every term that is there."""
+        return KlGradient(*(None if term_N is None else function(term_N) for term_N in self))
 
 
 def check_direction(direction: str, jsd_weight: float | None) -> float:

@@ -3,7 +3,7 @@
 N tokens, D hidden size (E that of the reference), V vocabulary.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ from isdaa_kernels.targets import raise_bad_targets
 from isdaa_kernels.workspace import check_workspace
 
 
+class KlLogprobs(NamedTuple):
+    """Of each token, [...] as the targets: `linear_kl`'s divergence, and log-probs of the target as `linear_logprob` has them. Divergence
+    and logprob have a gradient to the policy, reference_logprob has none."""
+
+    divergence: Tensor
+    logprob: Tensor
+    reference_logprob: Tensor
+
+
 def linear_kl(
     policy_hidden: Tensor,
     policy_head: LMHead | Tensor,
@@ -25,13 +34,14 @@ def linear_kl(
     direction: Literal["forward", "reverse", "jsd"],
     targets: Tensor | None = None,
     jsd_weight: float | None = None,
+    logprobs: bool = False,
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     max_scored: int | None = None,
     max_workspace_mb: float | None = None,
     backend: str | None = None,
     validate: bool = False,
-) -> Tensor:
+) -> Tensor | KlLogprobs:
     """Divergence between the policy's and the reference's distribution over the vocabulary at each token. Equal to
 
         log_p, log_q = ((z / temperature).log_softmax(-1) for z in (policy_logits, reference_logits))
@@ -64,17 +74,22 @@ def linear_kl(
     finite gradient above; reverse is inf where the reference lacks it, and its gradient is no number. "Has" means a probability above
     e^-87 of the token's largest.
 
-    policy_hidden [..., D], reference_hidden [..., E]: fp16, bf16, fp32 or fp64, dtypes may differ, any strides. Heads: `LMHead`s, or
-    weights [V, D] and [V, E]. targets [...]: int64 or int32, of which only counts whether they are `ignore_index`; None scores every
-    token. jsd_weight: of the reference in the mixture, 0.5 by default, beta in GKD and TRL; only with "jsd". temperature: a positive
-    number, or one a token [...], for both heads; not differentiable. max_scored, max_workspace_mb, backend, validate, autocast (which
-    casts the reference too): as in `linear_logprob`. A second derivative raises RuntimeError.
+    With `logprobs` the log-probs of the targets under both models come from the same pass, and the policy's joins the same backward: not
+    one product more. Apart, `linear_logprob` would take one of each head forward and three backward.
 
-    Returns fp32 [...] (fp64 for fp64 inputs), 0 where the target is ignored. Raises ValueError for shapes, dtypes, devices and values
-    that do not fit, NoBackend where no backend takes the problem.
+    policy_hidden [..., D], reference_hidden [..., E]: fp16, bf16, fp32 or fp64, dtypes may differ, any strides. Heads: `LMHead`s, or
+    weights [V, D] and [V, E]. targets [...]: int64 or int32, of which without `logprobs` only counts whether they are `ignore_index`;
+    None, not with `logprobs`, scores every token. jsd_weight: of the reference in the mixture, 0.5 by default, beta in GKD and TRL; only
+    with "jsd". temperature: a positive number, or one a token [...], for both heads; not differentiable. max_scored, max_workspace_mb,
+    backend, validate, autocast (which casts the reference too): as in `linear_logprob`. A second derivative raises RuntimeError.
+
+    Returns fp32 [...] (fp64 for fp64 inputs), 0 where the target is ignored; with `logprobs` a KlLogprobs of three such. Raises ValueError
+    for shapes, dtypes, devices and values that do not fit, NoBackend where no backend takes the problem.
     """
     policy, reference = (head if isinstance(head, LMHead) else LMHead(head) for head in (policy_head, reference_head))
     weight_of_reference = check_direction(direction, jsd_weight)
+    if logprobs and targets is None:
+        raise ValueError("targets: expected one for each token with logprobs=True, got None")
     _check_tensors(policy_hidden, policy, reference_hidden, reference, targets, ignore_index)
     shape, (V, D) = policy_hidden.shape[:-1], policy.weight.shape
     N = shape.numel()
@@ -89,7 +104,7 @@ def linear_kl(
     if validate and targets_N is not None:
         raise_bad_targets(targets_N, V, ignore_index)
     grad = torch.is_grad_enabled()
-    divergence_N, _ = ops.linear_kl_forward(
+    divergence_N, logprob_2N, _ = ops.linear_kl_forward(
         hidden.reshape(N, D),
         policy_weight,
         policy.bias,
@@ -105,11 +120,15 @@ def linear_kl(
         N if max_scored is None else max_scored,
         direction,
         weight_of_reference,
+        bool(logprobs),
         None if max_workspace_mb is None else float(max_workspace_mb),
         [grad and tensor.requires_grad for tensor in (hidden, policy_weight)],
         backend,
     )
-    return divergence_N.reshape(shape)
+    divergence = divergence_N.reshape(shape)
+    if not logprobs:
+        return divergence
+    return KlLogprobs(divergence, logprob_2N[0].reshape(shape), logprob_2N[1].detach().reshape(shape))
 
 
 def _check_tensors(

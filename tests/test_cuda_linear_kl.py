@@ -464,7 +464,7 @@ def test_opcheck(kind, targets):
         leaf.requires_grad_()
     tensors = (*sides, pair.reference_hidden, pair.reference_head.weight, pair.reference_head.bias,
                pair.targets if targets else None, None if targets else torch.rand(20) + 0.5)  # fmt: skip
-    options = (0.9, [1.1, 1.0], [4.0, 0.0], -100, 20, kind, 0.5, None)
+    options = (0.9, [1.1, 1.0], [4.0, 0.0], -100, 20, kind, 0.5, False, None)
     torch.library.opcheck(ops.linear_kl_forward, (*tensors, *options, [True, True], "cuda"))
 
 

@@ -603,23 +603,22 @@ def test_every_instruction_set(name, kind):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", None])
 @pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("targets", [True, False])
-def test_opcheck(backend, kind, targets):
+@pytest.mark.parametrize(("targets", "logprobs"), [(True, True), (True, False), (False, False)])
+def test_opcheck(backend, kind, targets, logprobs):
     pair = make_pair(20, 6, 40, E=5, ignored=0.3)
     sides = (pair.hidden, pair.head.weight, pair.head.bias)
     for leaf in sides:
         leaf.requires_grad_()
     tensors = (*sides, pair.reference_hidden, pair.reference_head.weight, pair.reference_head.bias,
                pair.targets if targets else None, None if targets else torch.rand(20) + 0.5)  # fmt: skip
-    options = (0.9, [1.1, 1.0], [4.0, 0.0], -100, 20, kind, 0.5, None)
+    options = (0.9, [1.1, 1.0], [4.0, 0.0], -100, 20, kind, 0.5, logprobs, None)
     torch.library.opcheck(ops.linear_kl_forward, (*tensors, *options, [True, True], backend))
-    value, numbers = (x.detach() for x in ops.linear_kl_forward(*tensors, *options, [True, True], backend))
-    assert numbers.shape == (4, 20)
+    value, logprob, numbers = (x.detach() for x in ops.linear_kl_forward(*tensors, *options, [True, True], backend))
+    assert (logprob.shape, numbers.shape) == ((2 * logprobs, 20), (4, 20))
+    grads = (torch.ones_like(value), torch.ones_like(value) if logprobs else None)
     tensors = tuple(None if x is None else x.detach() for x in tensors)
     for need in ([True, True, True], [True, False, False], [False, True, True]):
-        torch.library.opcheck(
-            ops.linear_kl_backward, (torch.ones_like(value), *tensors, numbers, *options, need, backend)
-        )
+        torch.library.opcheck(ops.linear_kl_backward, (*grads, *tensors, logprob, numbers, *options, need, backend))
 
 
 @pytest.mark.slow

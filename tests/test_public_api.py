@@ -11,6 +11,7 @@ NAMES = {
     "OBJECTIVES",
     "BatchState",
     "ImportanceWeight",
+    "KlLogprobs",
     "LMHead",
     "NamedObjective",
     "NoBackend",

@@ -20,7 +20,8 @@ struct KlTile {
   const T* inverse_temperature;  // [N], or null: then `constant_inverse_temperature` holds for all
   T constant_inverse_temperature, policy_scale, policy_softcap, reference_scale, reference_softcap;
   int32_t direction;
-  double jsd_weight;  // of the reference in the mixture m
+  double jsd_weight;      // of the reference in the mixture m
+  const int64_t* target;  // [N] column of the target within this tile, outside [0, V) elsewhere; null where no log-probs are wanted
 
   // kl_fold: in and out
   T* policy_max;          // [N]
@@ -32,6 +33,10 @@ struct KlTile {
   double* gap_sum;        // [N] sum of b (d - center)
   double* excess_sum;     // [N] sum of b excess(d - center), excess(x) = exp(x) - 1 - x
 
+  // Written where the target lies in this tile, final logits
+  T* policy_target;     // [N]
+  T* reference_target;  // [N]
+
   // kl_mixture and kl_gradient
   const double* policy_lse;     // [N]
   const double* reference_lse;  // [N]
@@ -42,7 +47,8 @@ struct KlTile {
   double* policy_mean;           // [N] sum of p log(p / m), as it comes: the same number, but where p = 1 it is log(p / m) to the bit
   // kl_gradient
   const double* mean;        // [N] of log(p / q) or log(p / m) under p; not of kKlForward
-  const T* coefficient;      // [N]
+  const T* coefficient;      // [N] of the divergence
+  const T* logprob;          // [N] of the log-prob, or null
 
   HeadTransform<T> policy_head() const {
     return {policy_bias, inverse_temperature, constant_inverse_temperature, policy_scale, policy_softcap};
@@ -53,8 +59,9 @@ struct KlTile {
 
   ISDAA_FIELDS(policy, reference, policy_stride, reference_stride, rows, columns, policy_bias, reference_bias, inverse_temperature,
                constant_inverse_temperature, policy_scale, policy_softcap, reference_scale, reference_softcap, direction, jsd_weight,
-               policy_max, policy_sum, reference_max, reference_sum, center, gap_sum, excess_sum, policy_lse, reference_lse, lse_gap,
-               policy_divergence, reference_divergence, policy_mean, mean, coefficient)
+               target, policy_max, policy_sum, reference_max, reference_sum, center, gap_sum, excess_sum, policy_target,
+               reference_target, policy_lse, reference_lse, lse_gap, policy_divergence, reference_divergence, policy_mean, mean,
+               coefficient, logprob)
 };
 
 }  // namespace isdaa

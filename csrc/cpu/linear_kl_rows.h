@@ -162,6 +162,10 @@ inline void kl_fold_row(const KlTile<T>& p, int64_t i) {
   T *policy = p.policy + i * p.policy_stride, *reference = p.reference + i * p.reference_stride;
   const T policy_top = final_logits(policy, p.policy_head(), i, p.columns);
   const T reference_top = final_logits(reference, p.reference_head(), i, p.columns);
+  if (p.target && p.target[i] >= 0 && p.target[i] < p.columns) {
+    p.policy_target[i] = policy[p.target[i]];
+    p.reference_target[i] = reference[p.target[i]];
+  }
   const T lowest = -__builtin_inf(), old_policy = p.policy_max[i], old_reference = p.reference_max[i];
   const T new_policy = policy_top > old_policy ? policy_top : old_policy;
   const T new_reference = reference_top > old_reference ? reference_top : old_reference;
@@ -316,15 +320,22 @@ inline void kl_mixture_row(const KlTile<double>& p, int64_t i) {
   p.policy_mean[i] += mean;
 }
 
-// d loss / d z:  forward p - q;  reverse p (log(p / q) - its mean);  jsd (1 - weight) p (log(p / m) - its mean).
+// d loss / d z:  forward p - q;  reverse p (log(p / q) - its mean);  jsd (1 - weight) p (log(p / m) - its mean); of a log-prob -p, and
+// 1 - p at the target, by expm1, so that it keeps its digits when p is near 1.
 inline void kl_gradient_row(const KlTile<float>& p, int64_t i) {
   float* out = p.policy + i * p.policy_stride;
-  const float coefficient = p.coefficient[i];
+  const float coefficient = p.coefficient[i], logprob = p.logprob ? p.logprob[i] : 0.0f;
+  const int64_t target = p.logprob ? p.target[i] : -1;
   const Mixture mixture(p.jsd_weight);
   const auto write = [&](double less, auto entry) {
     each_pair(p, i, less, [&](int64_t j, int64_t count, Float log_p, Float log_q, Float r, Float slope) {
-      const Float g = entry(exponential_up_to_88(log_p, kSmallestLogProbabilityOfStats), log_q, r);
-      store(out + j, (absolute(g) < kSmallestEntry ? Float{} : g) * coefficient * slope, count);
+      const Float pj = exponential_up_to_88(log_p, kSmallestLogProbabilityOfStats), g = entry(pj, log_q, r);
+      if (!p.logprob) return store(out + j, (absolute(g) < kSmallestEntry ? Float{} : g) * coefficient * slope, count);
+      const Float of_divergence = coefficient == 0.0f ? Float{} : g * coefficient;  // g may be infinite
+      Float both = of_divergence - pj * logprob;
+      const int64_t lane = target - j;
+      if (lane >= 0 && lane < ISDAA_LANES) both[lane] = of_divergence[lane] - (float)(logprob * __builtin_expm1((double)log_p[lane]));
+      store(out + j, (absolute(both) < kSmallestEntry ? Float{} : both) * slope, count);
     });
   };
   if (p.direction == kKlForward)
@@ -360,6 +371,8 @@ inline void kl_gradient_row(const KlTile<double>& p, int64_t i) {
       mixture64(p.jsd_weight, r, over_p, over_q);
       entry = (1 - p.jsd_weight) * pj * (-over_p - p.mean[i]);
     }
-    out[j] = entry * p.coefficient[i] * slope;
+    entry = p.coefficient[i] == 0 ? 0.0 : entry * p.coefficient[i];
+    if (p.logprob) entry -= p.logprob[i] * (j == p.target[i] ? __builtin_expm1(log_p) : pj);
+    out[j] = entry * slope;
   });
 }

@@ -22,11 +22,13 @@ Backends never import each other.
 A backend that takes problems with a `divergence` has a module `linear_kl` beside, with
 
     make_plan(problem) -> Plan
-    forward(problem, policy: Model, reference: Model, targets_N, ignore_index) -> (divergence_N, numbers_4N)
-    backward(problem, grad_N, policy, reference, targets_N, ignore_index, numbers_4N, need_bias) -> as above, of the policy
+    forward(problem, policy: Model, reference: Model, targets_N, ignore_index) -> (divergence_N, numbers_4N, logprob_2N)
+    backward(problem, grad: KlGradient, policy, reference, targets_N, ignore_index, numbers_4N, logprob_2N, need_bias)
+        -> as above, of the policy
 
 numbers_4N, fp64: the log-sum-exps of policy and reference, their difference, and the mean under p of log(p / q), of jsd log(p / m). They
-are for the same backend: `gpu` keeps a column of each token in the second row's place.
+are for the same backend: `gpu` keeps a column of each token in the second row's place. logprob_2N, in the dtype of the divergence: the
+targets' log-probs under policy and reference, 0 and NaN as there; [0, N] where problem.divergence.logprobs is False.
 
 Where a backend has the loss stage, a module `pair_loss`, named in `ops`, holds it:
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from isdaa_kernels.dispatch import Problem, linear_kl_module, select_backend
-from isdaa_kernels.divergence import Divergence, Model
+from isdaa_kernels.divergence import Divergence, KlGradient, Model
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.ops.common import no_second_derivative
 
@@ -18,11 +18,11 @@ NUMBERS = 4  # a token; backends/__init__.py says which
 
 def _call(
     policy_hidden, policy_weight, policy_bias, reference_hidden, reference_weight, reference_bias, temperature,
-    constant_temperature, logit_scales, softcaps, max_scored, direction, jsd_weight, max_workspace_mb, need, backend,
+    constant_temperature, logit_scales, softcaps, max_scored, direction, jsd_weight, logprobs, max_workspace_mb, need, backend,
 ) -> tuple:  # fmt: skip
     """(module, problem, policy, reference)."""
     divergence = Divergence(
-        direction, jsd_weight, reference_hidden.shape[1], reference_hidden.dtype, reference_weight.dtype
+        direction, jsd_weight, reference_hidden.shape[1], reference_hidden.dtype, reference_weight.dtype, logprobs
     )
     problem = Problem.of(
         policy_hidden,
@@ -70,28 +70,33 @@ def linear_kl_forward(
     max_scored: int,
     direction: str,
     jsd_weight: float,
+    logprobs: bool,
     max_workspace_mb: float | None,
     keep: Sequence[bool],
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """(divergence [N], numbers fp64 [4, N] for the backward). `keep`: which of the policy's hidden, weight will need a gradient."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(divergence [N], log-probs of policy and reference [2, N], or [0, N] where not wanted, numbers fp64 [4, N] for the backward).
+    `keep`: which of the policy's hidden, weight will need a gradient."""
     module, problem, policy, reference = _call(
         policy_hidden, policy_weight, policy_bias, reference_hidden, reference_weight, reference_bias, temperature,
-        constant_temperature, logit_scales, softcaps, max_scored, direction, jsd_weight, max_workspace_mb, keep, backend,
+        constant_temperature, logit_scales, softcaps, max_scored, direction, jsd_weight, logprobs, max_workspace_mb, keep, backend,
     )  # fmt: skip
     targets_N, ignored = _all_scored(targets, ignore_index, policy_hidden)
     with torch.autocast(policy_hidden.device.type, enabled=False):  # the inputs are cast already
-        return module.forward(problem, policy, reference, targets_N, ignored)
+        divergence_N, numbers_4N, logprob_2N = module.forward(problem, policy, reference, targets_N, ignored)
+    return divergence_N, logprob_2N, numbers_4N
 
 
 @linear_kl_forward.register_fake
 def _(policy_hidden, policy_weight, policy_bias, reference_hidden, reference_weight, reference_bias, targets, temperature,
-      constant_temperature, logit_scales, softcaps, ignore_index, max_scored, direction, jsd_weight, max_workspace_mb, keep,
-      backend):  # fmt: skip
+      constant_temperature, logit_scales, softcaps, ignore_index, max_scored, direction, jsd_weight, logprobs, max_workspace_mb,
+      keep, backend):  # fmt: skip
     N = policy_hidden.shape[0]
     double = any(x.dtype == torch.float64 for x in (policy_hidden, policy_weight, reference_hidden, reference_weight))
+    dtype = torch.float64 if double else torch.float32
     return (
-        policy_hidden.new_empty(N, dtype=torch.float64 if double else torch.float32),
+        policy_hidden.new_empty(N, dtype=dtype),
+        policy_hidden.new_empty(2 if logprobs else 0, N, dtype=dtype),
         policy_hidden.new_empty(NUMBERS, N, dtype=torch.float64),
     )
 
@@ -99,6 +104,7 @@ def _(policy_hidden, policy_weight, policy_bias, reference_hidden, reference_wei
 @torch.library.custom_op("isdaa::linear_kl_backward", mutates_args=())
 def linear_kl_backward(
     grad: Tensor,
+    logprob_grad: Tensor | None,
     policy_hidden: Tensor,
     policy_weight: Tensor,
     policy_bias: Tensor | None,
@@ -107,6 +113,7 @@ def linear_kl_backward(
     reference_bias: Tensor | None,
     targets: Tensor | None,
     temperature: Tensor | None,
+    logprob: Tensor,
     numbers: Tensor,
     constant_temperature: float,
     logit_scales: Sequence[float],
@@ -115,6 +122,7 @@ def linear_kl_backward(
     max_scored: int,
     direction: str,
     jsd_weight: float,
+    logprobs: bool,
     max_workspace_mb: float | None,
     need: Sequence[bool],
     backend: str | None,
@@ -122,18 +130,21 @@ def linear_kl_backward(
     """[d_policy_hidden, d_policy_weight, d_policy_bias], an empty tensor where `need` says no."""
     module, problem, policy, reference = _call(
         policy_hidden, policy_weight, policy_bias, reference_hidden, reference_weight, reference_bias, temperature,
-        constant_temperature, logit_scales, softcaps, max_scored, direction, jsd_weight, max_workspace_mb, need, backend,
+        constant_temperature, logit_scales, softcaps, max_scored, direction, jsd_weight, logprobs, max_workspace_mb, need, backend,
     )  # fmt: skip
     targets_N, ignored = _all_scored(targets, ignore_index, policy_hidden)
+    gradient = KlGradient(grad, logprob_grad)
     with torch.autocast(policy_hidden.device.type, enabled=False):
-        grads = module.backward(problem, grad, policy, reference, targets_N, ignored, numbers, need_bias=need[2])
+        grads = module.backward(
+            problem, gradient, policy, reference, targets_N, ignored, numbers, logprob, need_bias=need[2]
+        )
     return [policy_hidden.new_empty(0) if d is None else d for d in grads]
 
 
 @linear_kl_backward.register_fake
-def _(grad, policy_hidden, policy_weight, policy_bias, reference_hidden, reference_weight, reference_bias, targets, temperature,
-      numbers, constant_temperature, logit_scales, softcaps, ignore_index, max_scored, direction, jsd_weight, max_workspace_mb,
-      need, backend):  # fmt: skip
+def _(grad, logprob_grad, policy_hidden, policy_weight, policy_bias, reference_hidden, reference_weight, reference_bias, targets,
+      temperature, logprob, numbers, constant_temperature, logit_scales, softcaps, ignore_index, max_scored, direction, jsd_weight,
+      logprobs, max_workspace_mb, need, backend):  # fmt: skip
     inputs = (policy_hidden, policy_weight, policy_bias)
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else policy_hidden.new_empty(0)
@@ -142,20 +153,25 @@ def _(grad, policy_hidden, policy_weight, policy_bias, reference_hidden, referen
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, constant, scales, softcaps, ignore, scored, direction, weight, workspace, _, ctx.backend = inputs
-    ctx.options = (constant, scales, softcaps, ignore, scored, direction, weight, workspace)
-    _, numbers = output
+    *tensors, constant, scales, softcaps, ignore, scored, direction, weight, logprobs, workspace, _, ctx.backend = (
+        inputs
+    )
+    ctx.options = (constant, scales, softcaps, ignore, scored, direction, weight, logprobs, workspace)
+    _, logprob, numbers = output
     ctx.mark_non_differentiable(numbers)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, numbers.detach().clone())
+    ctx.save_for_backward(*tensors, logprob.detach().clone(), numbers.detach().clone())
 
 
-def _backward(ctx, grad, _grad_numbers):
-    nothing = (None,) * 18
-    if grad is None or not any(ctx.needs_input_grad[:3]):
+def _backward(ctx, grad, grad_logprob_2N, _grad_numbers):
+    nothing = (None,) * 19
+    wanted = grad_logprob_2N is not None and len(grad_logprob_2N) > 0
+    if (grad is None and not wanted) or not any(ctx.needs_input_grad[:3]):
         return nothing
     need = list(ctx.needs_input_grad[:3])
-    grads = linear_kl_backward(grad, *ctx.saved_tensors, *ctx.options, need, ctx.backend)
+    of_logprob = grad_logprob_2N[0].contiguous() if wanted else None  # the reference's has no gradient
+    grad = torch.zeros_like(of_logprob) if grad is None else grad
+    grads = linear_kl_backward(grad, of_logprob, *ctx.saved_tensors, *ctx.options, need, ctx.backend)
     return *(d if needed else None for d, needed in zip(grads, need, strict=True)), *nothing[3:]
 
 

@@ -19,8 +19,7 @@ from isdaa_kernels.backends.cpu.products import panel_numbers
 from isdaa_kernels.backends.cpu.sums import Upstream
 from isdaa_kernels.backends.cpu.tiles import HiddenTiles, RowKernels, WeightTiles, scatter, spans
 from isdaa_kernels.dispatch import Problem
-from isdaa_kernels.divergence import Model
-from isdaa_kernels.stats import TokenGradient
+from isdaa_kernels.divergence import KlGradient, Model
 from isdaa_kernels.targets import raise_bad_targets, scored_rows
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
 
@@ -59,13 +58,13 @@ def make_plan(problem: Problem) -> Plan:
 
 def forward(
     problem: Problem, policy: Model, reference: Model, targets_N: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     raise_bad_targets(targets_N, problem.V, ignore_index)
     plan, divergence, dtype = make_plan(problem), problem.divergence, problem.compute_dtype
     rows = scored_rows(targets_N, ignore_index, problem.N)
     kernels, state = (
         _kernels(problem, policy, reference, rows, targets_N),
-        KlState(len(rows), dtype, divergence.direction),
+        KlState(len(rows), dtype, divergence),
     )
     jsd, stripe = divergence.direction == "jsd", _stripe(problem)
     if stripe:
@@ -80,34 +79,36 @@ def forward(
             state.normalize_for_mixture(slice(None))
             for token, column, policy_TC, reference_TC in tiles.by_columns():
                 kernels.mixture(policy_TC, reference_TC, token, column, state)
-    value, numbers_4K = state.finish_mixture(divergence.jsd_weight) if jsd else state.finish()
-    numbers_4N = torch.zeros(len(numbers_4K), len(targets_N), dtype=torch.float64).index_copy_(1, rows, numbers_4K)
-    return scatter(value, rows, torch.empty(len(targets_N), dtype=dtype)), numbers_4N
+    value, numbers_4K = state.finish_mixture() if jsd else state.finish()
+    numbers_4N = _spread(numbers_4K, rows, len(targets_N), torch.float64)
+    logprob_2N = _spread(state.logprobs(numbers_4K), rows, len(targets_N), dtype)
+    return scatter(value, rows, torch.empty(len(targets_N), dtype=dtype)), numbers_4N, logprob_2N
 
 
 def backward(
     problem: Problem,
-    grad_N: Tensor,
+    grad: KlGradient,
     policy: Model,
     reference: Model,
     targets_N: Tensor,
     ignore_index: int,
     numbers_4N: Tensor,
+    logprob_2N: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return KlSweep(problem, grad_N, policy, reference, targets_N, ignore_index, numbers_4N).gradients(need_bias)
+    return KlSweep(problem, grad, policy, reference, targets_N, ignore_index, numbers_4N).gradients(need_bias)
 
 
 class KlSweep(Sweep):
     """The walks of a backward over the tiles, with the logits of two heads in each."""
 
-    def __init__(self, problem, grad_N, policy, reference, targets_N, ignore_index, numbers_4N):
+    def __init__(self, problem, grad, policy, reference, targets_N, ignore_index, numbers_4N):
         scored = scored_rows(targets_N, ignore_index, problem.N)
-        self.rows = scored[grad_N.index_select(0, scored) != 0]  # coefficients of exactly 0 cost nothing
+        self.rows = scored[grad.active().index_select(0, scored)]  # coefficients of exactly 0 cost nothing
         self.problem, self.policy, self.reference = problem, policy, reference
         self.hidden_ND, self.weight_VD, _ = policy
         self.dtype, self.plan, self.V = problem.compute_dtype, make_plan(problem), problem.V
-        self.upstream = Upstream(TokenGradient(grad_N.index_select(0, self.rows).to(self.dtype)))
+        self.upstream = Upstream(grad.map(lambda term_N: term_N.index_select(0, self.rows).to(self.dtype)))
         self.numbers = numbers_4N.index_select(1, self.rows)
         self.pair = _kernels(problem, policy, reference, self.rows, targets_N)
         self.kernels = self.pair.policy
@@ -116,8 +117,7 @@ class KlSweep(Sweep):
         tokens = spans(len(self.rows), self.plan.token_tile)
         tiles = _Tiles(self.problem, self.policy, self.reference, self.rows, tokens)
         for token, column, policy_TC, reference_TC in tiles.by_tokens() if tokens_outside else tiles.by_columns():
-            coefficient_N = self.upstream.mantissa.logprob_N
-            self.pair.gradient(policy_TC, reference_TC, token, column, self.numbers, coefficient_N)
+            self.pair.gradient(policy_TC, reference_TC, token, column, self.numbers, self.upstream.mantissa)
             T, C = policy_TC.shape
             side = tiles.policy
             yield (token, token + T), (column, column + C), policy_TC, side.hidden, side.weight
@@ -180,6 +180,11 @@ def _mixture_in_stripes(tiles: _Tiles, kernels: KlKernels, state: KlState) -> No
         state.normalize_for_mixture(slice(*stripe))
         for pair in pairs:
             kernels.mixture_of_logits(*pair, stripe[0], state)
+
+
+def _spread(numbers_SK: Tensor, rows_K: Tensor, N: int, dtype: torch.dtype) -> Tensor:
+    """[S, N], 0 but for the tokens `rows`."""
+    return torch.zeros(len(numbers_SK), N, dtype=dtype).index_copy_(1, rows_K, numbers_SK.to(dtype))
 
 
 def _kernels(problem: Problem, policy: Model, reference: Model, rows: Tensor, targets_N: Tensor) -> KlKernels:

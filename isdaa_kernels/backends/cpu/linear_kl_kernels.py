@@ -6,14 +6,15 @@ T tokens of a tile, C columns (vocabulary rows) of a tile.
 import torch
 from torch import Tensor
 
-from isdaa_kernels.backends.cpu.extension import kernel
+from isdaa_kernels.backends.cpu.extension import address, kernel
 from isdaa_kernels.backends.cpu.tiles import RowKernels
-from isdaa_kernels.divergence import DIRECTIONS, Divergence
+from isdaa_kernels.divergence import DIRECTIONS, Divergence, KlGradient
 
 _FOLDED = ("policy_max", "policy_sum", "reference_max", "reference_sum", "center", "gap_sum", "excess_sum")
 _NORMALIZED = ("policy_lse", "reference_lse", "lse_gap")
 _MIXED = ("policy_divergence", "reference_divergence", "policy_mean")
-_POINTERS = (*_FOLDED, *_NORMALIZED, *_MIXED, "mean", "coefficient")
+_AT_TARGET = ("policy_target", "reference_target")
+_POINTERS = (*_FOLDED, *_AT_TARGET, *_NORMALIZED, *_MIXED, "mean", "coefficient", "logprob", "target")
 _NOTHING = dict.fromkeys(_POINTERS, 0)
 # Where the divergence is larger, or the center far from the difference of the log-sum-exps, the plain formula cancels nothing.
 _SMALL_DIVERGENCE, _NEAR_CENTER = 0.25, 4.0
@@ -23,7 +24,7 @@ class KlKernels:
     """The row kernels with the arguments that stay the same over a call. Tensors are [T, C], contiguous, and one number a token [N]."""
 
     def __init__(self, policy: RowKernels, reference: RowKernels, divergence: Divergence):
-        self.policy, self.reference = policy, reference
+        self.policy, self.reference, self.logprobs = policy, reference, divergence.logprobs
         self.same = {
             "inverse_temperature": 0,
             "direction": DIRECTIONS.index(divergence.direction),
@@ -32,7 +33,7 @@ class KlKernels:
 
     def fold(self, policy_TC: Tensor, reference_TC: Tensor, token: int, column: int, state: "KlState") -> None:
         """The products become the final logits and join the state of their tokens."""
-        numbers = {name: getattr(state, name) for name in _FOLDED}
+        numbers = {name: getattr(state, name) for name in (*_FOLDED, *(_AT_TARGET if self.logprobs else ()))}
         self._call("fold", policy_TC, reference_TC, token, column, numbers, self._heads(token, column))
 
     def mixture(self, policy_TC: Tensor, reference_TC: Tensor, token: int, column: int, state: "KlState") -> None:
@@ -51,11 +52,12 @@ class KlKernels:
         token: int,
         column: int,
         numbers_4N: Tensor,
-        coefficient_N: Tensor,
+        grad: KlGradient,
     ) -> None:
         """The policy's product becomes its gradient."""
         names = (*_NORMALIZED, "mean")
-        numbers = dict(zip(names, numbers_4N, strict=True)) | {"coefficient": coefficient_N}
+        numbers = dict(zip(names, numbers_4N, strict=True)) | {"coefficient": grad.divergence_N}
+        numbers |= {} if grad.logprob_N is None else {"logprob": grad.logprob_N}
         self._call("gradient", policy_TC, reference_TC, token, column, numbers, self._heads(token, column))
 
     def _mixture_numbers(self, state: "KlState") -> dict:
@@ -85,7 +87,8 @@ class KlKernels:
         numbers: dict[str, Tensor],
         heads: dict,
     ) -> None:
-        addresses = {key: x.data_ptr() + token * x.stride(0) * x.element_size() for key, x in numbers.items()}
+        addresses = {key: address(x, token) for key, x in numbers.items()}
+        target_T = self.policy.targets_N[token : token + len(policy_TC)] - column if self.logprobs else None
         kernel(f"kl_{name}_tile", self.policy.dtype)(
             policy=policy_TC.data_ptr(),
             policy_stride=policy_TC.stride(0),
@@ -94,7 +97,7 @@ class KlKernels:
             rows=policy_TC.shape[0],
             columns=policy_TC.shape[1],
             threads=self.policy.threads,
-            **{**_NOTHING, **self.same, **addresses, **heads},
+            **{**_NOTHING, **self.same, **addresses, "target": address(target_T), **heads},
         )
 
 
@@ -116,11 +119,19 @@ def _bias(kernels: RowKernels, column: int) -> int:
 class KlState:
     """Of each token: both online log-sum-exps and the sums of the divergence; csrc/cpu/linear_kl_params.h says what they are."""
 
-    def __init__(self, N: int, dtype: torch.dtype, direction: str):
-        self.direction = direction
+    def __init__(self, N: int, dtype: torch.dtype, divergence: Divergence):
+        self.divergence = divergence
         self.policy_max, self.reference_max = (torch.full((N,), float("-inf"), dtype=dtype) for _ in range(2))
         for name in set(_FOLDED) - {"policy_max", "reference_max"}:
             setattr(self, name, torch.zeros(N, dtype=torch.float64))
+        if divergence.logprobs:
+            self.policy_target, self.reference_target = torch.zeros(2, N, dtype=dtype)
+
+    def logprobs(self, numbers_4N: Tensor) -> Tensor:
+        """[2, N] of policy and reference, or [0, N]."""
+        if not self.divergence.logprobs:
+            return numbers_4N[:0]
+        return torch.stack([self.policy_target, self.reference_target]) - numbers_4N[:2]
 
     def normalize(self, token: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """(policy_lse, reference_lse, their difference), of jsd also kept for `mixture`."""
@@ -137,8 +148,9 @@ class KlState:
         for name, number in zip(_NORMALIZED, self.normalize(token), strict=True):
             getattr(self, name)[token] = number
 
-    def finish_mixture(self, jsd_weight: float) -> tuple[Tensor, Tensor]:
+    def finish_mixture(self) -> tuple[Tensor, Tensor]:
         """(divergence, numbers [4, N])."""
+        jsd_weight = self.divergence.jsd_weight
         value = (1 - jsd_weight) * self.policy_divergence + jsd_weight * self.reference_divergence
         return value, torch.stack([self.policy_lse, self.reference_lse, self.lse_gap, self.policy_mean])
 
@@ -146,7 +158,8 @@ class KlState:
         """(divergence, numbers [4, N]). With E the mean under the base and x = d - center, KL = log E[exp(x)] - E[x], where E[exp(x)] - 1
         is E[excess(x)] + E[x]: a small divergence is made of small numbers."""
         policy_lse, reference_lse, gap = self.normalize()
-        sign, base_sum = (1, self.reference_sum) if self.direction == "forward" else (-1, self.policy_sum)
+        forward = self.divergence.direction == "forward"
+        sign, base_sum = (1, self.reference_sum) if forward else (-1, self.policy_sum)
         mean = self.gap_sum / base_sum
         far = sign * gap - self.center  # log E[exp(x)]
         near = (self.excess_sum / base_sum + mean).log1p()

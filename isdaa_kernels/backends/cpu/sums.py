@@ -8,6 +8,7 @@ from torch import Tensor
 
 from isdaa_kernels.backends.cpu import products
 from isdaa_kernels.backends.cpu.tiles import HiddenTiles, WeightTiles
+from isdaa_kernels.divergence import KlGradient
 from isdaa_kernels.routing import FAINT
 from isdaa_kernels.stats import TokenGradient
 
@@ -20,8 +21,8 @@ class Upstream:
     """Coefficients of the tokens: grad = mantissa * 2 ** exponent, where the largest of a token's mantissas lies in [1, 2). Where one is
     not finite the token's mantissas are the coefficients themselves."""
 
-    def __init__(self, grad: TokenGradient):
-        first_N = grad.logprob_N
+    def __init__(self, grad: TokenGradient | KlGradient):
+        first_N = grad.terms()[0]
         self.dtype, self.count = first_N.dtype, len(first_N)
         finite_N = torch.ones(self.count, dtype=torch.bool)
         exponent_N = torch.full((self.count,), _NO_EXPONENT, dtype=torch.int64)

@@ -41,6 +41,8 @@ def refusal(problem: Problem) -> str | None:
 
 
 def _refusal_of_sides(problem: Problem) -> str | None:
+    if problem.divergence.logprobs:
+        return "has no log-probs beside a divergence yet"
     for name, side in zip(("policy", "reference"), sides(problem), strict=True):
         unfit = refusal_of_numbers(side.problem)
         if unfit is not None:

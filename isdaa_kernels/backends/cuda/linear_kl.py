@@ -24,7 +24,7 @@ __all__ = ["backward", "forward", "make_plan"]
 
 def forward(
     problem: Problem, policy: Model, reference: Model, targets_N: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     make_plan(problem)  # a workspace that is too small raises here, not in the backward
     report_bad_targets(targets_N, problem.V, ignore_index, problem.N)
     scored_N = targets_N != ignore_index
@@ -37,7 +37,8 @@ def forward(
         for first in live.slabs(sweep.T):
             sweep.run(first, divergence_N, numbers_4N)
         bad_N = bad_targets(targets_N, problem.V, ignore_index)
-        return divergence_N.masked_fill_(bad_N, float("nan")), numbers_4N.masked_fill_(bad_N, float("nan"))
+        value_N, numbers_4N = (x.masked_fill_(bad_N, float("nan")) for x in (divergence_N, numbers_4N))
+        return value_N, numbers_4N, value_N.new_empty(0, len(value_N))
 
 
 class _Sweep:

@@ -20,22 +20,24 @@ from isdaa_kernels.backends.gpu.slabs import Head, LiveTokens, padded_rows
 from isdaa_kernels.backends.gpu.sums import HiddenSum, WeightSum, finish_hidden_rows, finish_rows
 from isdaa_kernels.backends.gpu.upstream import Upstream
 from isdaa_kernels.dispatch import Problem, on
-from isdaa_kernels.divergence import Model
+from isdaa_kernels.divergence import KlGradient, Model
 from isdaa_kernels.stats import TokenGradient
 from isdaa_kernels.workspace import ceil_div
 
 
 def backward(
     problem: Problem,
-    grad_N: Tensor,
+    grad: KlGradient,
     policy: Model,
     reference: Model,
     targets_N: Tensor,
     ignore_index: int,
     numbers_4N: Tensor,
+    logprob_2N: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     with on(policy.hidden_ND.device):
+        grad_N = grad.divergence_N
         live = LiveTokens((targets_N != ignore_index) & (grad_N != 0), problem.N)
         return KlSweep(problem, grad_N, policy, reference, live, numbers_4N).gradients(need_bias)
 

@@ -38,6 +38,8 @@ def refusal_of_numbers(problem: Problem) -> str | None:
     """What no kernel set takes, whatever the device."""
     dtypes = [("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)]
     if problem.divergence is not None:
+        if problem.divergence.logprobs:
+            return "has no log-probs beside a divergence yet"
         dtypes += zip(("the reference's hidden", "the reference's weight"), problem.divergence.dtypes(), strict=True)
     for name, dtype in dtypes:
         if dtype not in DTYPES:

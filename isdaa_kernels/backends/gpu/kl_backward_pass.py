@@ -20,22 +20,24 @@ from isdaa_kernels.backends.gpu.library import product
 from isdaa_kernels.backends.gpu.plan import make_plan
 from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets
 from isdaa_kernels.dispatch import Problem, on
-from isdaa_kernels.divergence import Model
+from isdaa_kernels.divergence import KlGradient, Model
 
 
 def backward(
     kernels: KlKernels,
     problem: Problem,
-    grad_N: Tensor,
+    grad: KlGradient,
     policy: Model,
     reference: Model,
     targets_N: Tensor,
     ignore_index: int,
     numbers_4N: Tensor,
+    logprob_2N: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     call = Call.of_heads(kernels, problem, policy, reference)
     with on(policy.hidden_ND.device):
+        grad_N = grad.divergence_N
         live = LiveTokens((targets_N != ignore_index) & (grad_N != 0), problem.N)
         return KlSweep(call, policy, reference, live, grad_N, numbers_4N).gradients(need_bias)
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from isdaa_kernels.backends.reference import _bad, _exponentials, _minus_lse, _product, _transform, compact
 from isdaa_kernels.dispatch import Problem
-from isdaa_kernels.divergence import Model
+from isdaa_kernels.divergence import KlGradient, Model
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
 
 _CHUNK_MIB = 32  # of logits of one head, when no workspace is given
-_COPIES = 12  # matrices as large as a chunk's logits, at once
+_COPIES = 14  # matrices as large as a chunk's logits, at once
 _SMALL = 0.5  # beyond it exp(x) - 1 - x cancels little
 _TERMS = 18  # of its series within
 
@@ -39,42 +39,56 @@ def make_plan(problem: Problem) -> Plan:
 
 def forward(
     problem: Problem, policy: Model, reference: Model, targets_N: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     scored_N, bad_N = targets_N != ignore_index, _bad(targets_N, problem, ignore_index)
     value_N = policy.hidden_ND.new_zeros(len(targets_N), dtype=problem.compute_dtype)
     numbers_4N = policy.hidden_ND.new_zeros(4, len(targets_N), dtype=torch.float64)
+    logprob_2N = value_N.new_zeros(2 if problem.divergence.logprobs else 0, len(targets_N))
+    safe_N = targets_N.clamp(0, problem.V - 1).long()
     for rows_C, zp_CV, zq_CV, _ in _logits(problem, policy, reference, scored_N):
         lse_p_C, lse_q_C = _lse(zp_CV), _lse(zq_CV)
+        if problem.divergence.logprobs:
+            at_target_2C = torch.stack([z_CV.gather(1, safe_N[rows_C, None])[:, 0] for z_CV in (zp_CV, zq_CV)])
+            logprob_2N[:, rows_C] = (at_target_2C - torch.stack([lse_p_C, lse_q_C])).to(logprob_2N.dtype)
         r_CV = _log_ratio(zp_CV, zq_CV, (lse_p_C - lse_q_C)[:, None])
         p_CV, q_CV = _minus_lse(zp_CV, lse_p_C[:, None]).exp_(), _minus_lse(zq_CV, lse_q_C[:, None]).exp_()
         value_C, mean_C = _divergence(problem, p_CV, q_CV, r_CV)
         value_N[rows_C] = value_C.to(value_N.dtype)
         numbers_4N[:, rows_C] = torch.stack([lse_p_C, lse_q_C, lse_p_C - lse_q_C, mean_C])
-    value_N = torch.where(scored_N, value_N.masked_fill(bad_N, float("nan")), 0)
+    value_N, logprob_2N = (torch.where(scored_N, x.masked_fill(bad_N, float("nan")), 0) for x in (value_N, logprob_2N))
     numbers_4N[0].masked_fill_(bad_N, float("nan"))
-    return value_N, numbers_4N
+    return value_N, numbers_4N, logprob_2N
 
 
 def backward(
     problem: Problem,
-    grad_N: Tensor,
+    grad: KlGradient,
     policy: Model,
     reference: Model,
     targets_N: Tensor,
     ignore_index: int,
     numbers_4N: Tensor,
+    logprob_2N: Tensor,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dtype, (hidden_ND, weight_VD, transform) = problem.compute_dtype, policy
     d_hidden_ND = torch.zeros_like(hidden_ND, memory_format=torch.contiguous_format) if problem.need_hidden else None
     d_weight_VD = hidden_ND.new_zeros(weight_VD.shape, dtype=dtype) if problem.need_weight else None
     d_bias_V = hidden_ND.new_zeros(problem.V, dtype=dtype) if need_bias else None
-    active_N = (targets_N != ignore_index) & (grad_N != 0)
+    active_N = (targets_N != ignore_index) & grad.active()
+    safe_N = targets_N.clamp(0, problem.V - 1).long()
     weight = weight_VD.to(dtype)
     for rows_C, zp_CV, zq_CV, slope in _logits(problem, policy, reference, active_N):
         skip_C1 = ~active_N[rows_C, None]
+        log_p_CV = None if grad.logprob_N is None else _minus_lse(zp_CV.clone(), numbers_4N[0, rows_C, None])
         g_CV = _logit_gradient(problem, zp_CV, zq_CV, numbers_4N[:, rows_C, None])
-        g_CV = g_CV.mul_(grad_N[rows_C, None].to(dtype)).mul_(slope).masked_fill_(skip_C1, 0)
+        of_divergence_C1, of_logprob_C1 = (None if x is None else x[rows_C, None].to(dtype) for x in grad)
+        g_CV = g_CV.mul_(of_divergence_C1).masked_fill_(of_divergence_C1 == 0, 0)  # g may be infinite
+        if log_p_CV is not None:
+            # onehot - p, 1 - p with the digits that it has near p = 1
+            at_target_CV = torch.zeros_like(g_CV, dtype=torch.bool).scatter_(1, safe_N[rows_C, None], True)
+            g_CV -= of_logprob_C1 * torch.where(at_target_CV, log_p_CV.expm1(), log_p_CV.exp())
+        g_CV = g_CV.mul_(slope).masked_fill_(skip_C1, 0)
         if d_hidden_ND is not None:
             d_hidden_ND[rows_C] = (g_CV @ weight).to(d_hidden_ND.dtype)
         if d_weight_VD is not None:

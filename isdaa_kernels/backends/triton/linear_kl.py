@@ -14,7 +14,7 @@ def make_plan(problem: Problem) -> Plan:
     return plan.make_plan(TritonShapes(), problem)
 
 
-def forward(*args, **kwargs) -> tuple[Tensor, Tensor]:
+def forward(*args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
     return kl_forward_pass.forward(_kernels(), *args, **kwargs)
 
 
