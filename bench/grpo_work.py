@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.contenders import LIGER, TRL, TRL_CHUNK, Outcome, room_mb
 from bench.problem import Problem, make_problem
 from bench.states import States
-from isdaa_kernels import Routed, linear_kl, linear_logprob, linear_policy_loss, make_vocab_order
+from isdaa_kernels import Routed, linear_logprob, linear_policy_loss, make_vocab_order
 from isdaa_kernels.integrations.liger import LigerFusedLinearGRPOLoss
 
 CLIP, KL_WEIGHT, ENTROPY_WEIGHT = 0.2, 0.04, 0.01
@@ -218,14 +218,14 @@ def ours(**kernel: object) -> Callable[[Work, Case], Function]:
         options = {"advantages": work.advantages_S, "old_logprob": work.old_N, "kl_weight": KL_WEIGHT}
         options |= {"monitors": ("entropy",)} if case.entropy == "metric" else {}
         options |= {"entropy_weight": ENTROPY_WEIGHT} if case.entropy == "bonus" else {}
-        options |= {"reference": other} if case.reference_forward else {"reference_logprob": work.reference_N}
+        options |= {"kl_direction": "reverse"} if case.full_kl else {}
+        options |= (
+            {"reference": other} if case.reference_forward or case.full_kl else {"reference_logprob": work.reference_N}
+        )
 
         def function(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-            kl = {}
-            if case.full_kl:
-                kl["token_kl"] = linear_kl(hidden_ND, weight_VD, *other, direction="reverse", targets=work.targets_N)
             given = (hidden_ND, weight_VD, work.targets_N, cu_seqlens)
-            loss, metrics = linear_policy_loss(*given, objective="grpo", **options, **kl, **kernel)
+            loss, metrics = linear_policy_loss(*given, objective="grpo", **options, **kernel)
             return case.value(loss, metrics.get("entropy/mean"))
 
         return function
@@ -264,7 +264,7 @@ CONTENDERS = (
         note="its trainers' ChunkedLogProbFunction; for the exact KL, which GRPOTrainer has not, ChunkedDivergenceFunction too",
     ),
     Contender("Liger", "liger", of_liger(liger_class), NO_STATS, LIGER, note="LigerFusedLinearGRPOLoss, compiled"),
-    Contender("ours", "isdaa", ours(), note="linear_policy_loss, and linear_kl; default workspace"),
+    Contender("ours", "isdaa", ours(), note="linear_policy_loss; default workspace"),
     Contender("ours, by Liger's signature", "isdaa_liger", of_liger(lambda: LigerFusedLinearGRPOLoss), NO_STATS),
     Contender("ours, room for all logits", "isdaa_room", ours_room, ("loss", "entropy"), note="max_workspace_mb"),
     Contender("ours, routed", "isdaa_routed", ours_routed, NO_STATS, bar=1e-2, note="gradient=Routed(), in order"),

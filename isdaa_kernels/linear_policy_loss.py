@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from isdaa_kernels.divergence import check_direction
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.objectives import Objective, SamplerCorrection
-from isdaa_kernels.packed_batch import check_batch, check_reference, evaluate
+from isdaa_kernels.packed_batch import check_batch, check_exact, check_reference, evaluate, evaluate_both
 from isdaa_kernels.policy_loss import PolicyLoss, TokenInputs, check_policy
 from isdaa_kernels.routing import Routed
 from isdaa_kernels.vocab_order import VocabOrder
@@ -37,6 +38,7 @@ def linear_policy_loss(
     off_policy_threshold: float | None = None,
     kl_weight: float = 0.0,
     kl_corrected: bool = False,
+    kl_direction: Literal["forward", "reverse", "jsd"] | None = None,
     token_kl: Tensor | None = None,
     entropy_weight: float = 0.0,
     monitors: Sequence[str] = (),
@@ -71,8 +73,12 @@ def linear_policy_loss(
     reference_logprob
                    [N] or [1, N]. Or `reference`: (hidden, head) of the reference model, of the same vocabulary, evaluated here without
                    gradient, with the options of the policy.
+    kl_direction   the divergence of kl_weight is the exact one over the vocabulary, from `reference`, in the place of its k3 estimate: the
+                   `token_kl` of `linear_kl` in that direction ("reverse" is KL(policy || reference)), from the same pass as both log-probs
+                   and the same backward. It needs gradient="exact".
     monitors       statistics of the vocabulary for the metrics, of `linear_logprob_stats`, made in the same pass: "entropy", "top_k_mass",
-                   "top_k_entropy". Those that are not in the loss come without gradient, and may stand beside `Routed`. top_k as there.
+                   "top_k_entropy" (beside kl_direction in a pass of their own). Those that are not in the loss come without gradient, and
+                   may stand beside `Routed`. top_k as there.
     temperature    that of the sampler, as in `linear_logprob`; max_scored, gradient, vocab_order, max_workspace_mb, backend, validate, too.
     the others     as in `policy_loss`.
 
@@ -94,13 +100,34 @@ def linear_policy_loss(
         kl_weight=kl_weight, kl_corrected=kl_corrected, entropy_weight=entropy_weight, made=made, **options,
     )  # fmt: skip
     check_reference(reference_logprob, reference, token_shape, head)
+    if kl_direction is not None:
+        _check_direction(kl_direction, kl_weight, reference, token_kl)
+        check_exact("with kl_direction", gradient, vocab_order)
 
     kernel = {"temperature": temperature, "ignore_index": ignore_index, "max_scored": max_scored}
     kernel |= {"gradient": gradient, "vocab_order": vocab_order}
     kernel |= {"max_workspace_mb": max_workspace_mb, "backend": backend, "validate": validate}
-    if reference is not None:
-        with torch.no_grad():
-            inputs["reference_logprob"], _ = evaluate(*reference, targets, kernel)
     detached = [name for name in wanted if name != "entropy" or entropy_weight == 0]
-    policy_N, stats = evaluate(hidden, head, targets, kernel, wanted, detached, top_k)
+    if kl_direction is not None:
+        found = evaluate_both(hidden, head, reference, targets, kernel, kl_direction)
+        inputs["token_kl"], policy_N, inputs["reference_logprob"] = found
+        stats = None
+        if wanted:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_weight > 0):
+                _, stats = evaluate(hidden, head, targets, kernel, wanted, detached, top_k)
+    else:
+        if reference is not None:
+            with torch.no_grad():
+                inputs["reference_logprob"], _ = evaluate(*reference, targets, kernel)
+        policy_N, stats = evaluate(hidden, head, targets, kernel, wanted, detached, top_k)
     return terms.loss(TokenInputs(policy_N, cu_seqlens, targets != ignore_index, stats=stats, **inputs))
+
+
+def _check_direction(direction: str, kl_weight: float, reference: tuple | None, token_kl: Tensor | None) -> None:
+    check_direction(direction, None)
+    if kl_weight == 0:
+        raise ValueError("kl_direction: would be ignored without a kl_weight above 0; expected None")
+    if reference is None:
+        raise ValueError("reference: expected (hidden, head) of the reference model for kl_direction, got None")
+    if token_kl is not None:
+        raise ValueError("kl_direction, token_kl: expected one of the two, got both")

@@ -12,7 +12,7 @@ from torch import Tensor
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.objectives import BatchState, Objective, SequenceInputs, Weighting
 from isdaa_kernels.objectives.objective import keyword_defaults
-from isdaa_kernels.packed_batch import check_batch, check_reference, evaluate
+from isdaa_kernels.packed_batch import check_batch, check_exact, check_reference, evaluate, evaluate_both
 from isdaa_kernels.preference_loss import PreferenceLoss, dense_preference_loss, fused_preference_loss
 from isdaa_kernels.preference_terms import PreferenceTerms, check_preference, check_sequences
 from isdaa_kernels.routing import Routed
@@ -77,7 +77,8 @@ def linear_preference_loss(
                        behaviour (which then must be per token): segment labels of +1 and -1, masks, decays. Counts of
                        tokens do not change. An importance weight is that of the weighted sums.
     reference_kl       KL(reference || policy) of each token's distribution, per token [N] or [1, N] (what lies at ignored tokens
-                       is not read), or summed per sequence [S]; differentiable: `linear_kl(..., direction="forward")`.
+                       is not read), or summed per sequence [S]; differentiable: `linear_kl(..., direction="forward")`. None, where
+                       the objective needs it: made from `reference` in the pass of both log-probs; not with `Routed`.
     temperature, max_scored, gradient, vocab_order, max_workspace_mb, backend, validate    as in `linear_logprob`.
     the others         as in `preference_loss`.
 
@@ -98,7 +99,7 @@ def linear_preference_loss(
         S,
         hidden.device,
         given={name for name, value in given.items() if value is not None},
-        made={"lengths", "log_sum_sq_prob", "kl_score"},
+        made={"lengths", "log_sum_sq_prob", "kl_score"} | (set() if reference is None else {"reference_kl"}),
         objective=objective,
         importance=importance,
         pairs=pairs,
@@ -113,16 +114,24 @@ def linear_preference_loss(
     for name, logprob in (by_token_or_sequence | {"reference_kl": reference_kl}).items():
         _check_logprob(name, logprob, token_shape, S, hidden.device)
     _check_token_weight(token_weight, token_shape, hidden.device)
+    with_kl = "reference_kl" in terms.needs and reference_kl is None
+    if with_kl:
+        check_exact(f"for {terms.objective.name!r}", gradient, vocab_order)
     _check_by_token(terms, token_weight is not None, token_shape, reference_logprob, behaviour_logprob, by_sequence)
 
     kernel = {"temperature": temperature, "ignore_index": ignore_index, "max_scored": max_scored}
     kernel |= {"gradient": gradient, "vocab_order": vocab_order}
     kernel |= {"max_workspace_mb": max_workspace_mb, "backend": backend, "validate": validate}
-    if reference is not None:
-        with torch.no_grad():
-            reference_logprob, _ = evaluate(*reference, targets, kernel)
     squares = ("log_sum_sq_prob",) if "log_sum_sq_prob" in terms.needs else ()
-    policy_N, stats = evaluate(hidden, head, targets, kernel, squares)
+    if with_kl:
+        reference_kl, policy_N, reference_logprob = evaluate_both(hidden, head, reference, targets, kernel, "forward")
+        with torch.no_grad():
+            _, stats = evaluate(hidden, head, targets, kernel, squares) if squares else (None, None)
+    else:
+        if reference is not None:
+            with torch.no_grad():
+                reference_logprob, _ = evaluate(*reference, targets, kernel)
+        policy_N, stats = evaluate(hidden, head, targets, kernel, squares)
     log_sum_sq_prob_N = stats.log_sum_sq_prob.reshape(-1) if squares else None
     logprobs = _Logprobs(
         policy_N, reference_logprob, behaviour_logprob, log_sum_sq_prob_N, targets.reshape(-1), cu_seqlens, ignore_index

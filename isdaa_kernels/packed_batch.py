@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from isdaa_kernels.linear_kl import KlLogprobs, linear_kl
 from isdaa_kernels.linear_logprob import linear_logprob, linear_logprob_stats
 from isdaa_kernels.lm_head import LMHead
 from isdaa_kernels.sequence_logprob import check_cu_seqlens
@@ -32,6 +33,28 @@ def evaluate(
         hidden, head.weight, targets, stats=stats, detached=detached, top_k=top_k, **transforms, **kernel
     )
     return logprob.reshape(-1), found
+
+
+def evaluate_both(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    reference: tuple[Tensor, LMHead | Tensor],
+    targets: Tensor,
+    kernel: dict,
+    direction: str,
+) -> KlLogprobs:
+    """Token log-probs of policy and reference and the divergence between them, [N] each, in one pass."""
+    kernel = {name: value for name, value in kernel.items() if name not in ("gradient", "vocab_order")}
+    found = linear_kl(hidden, head, *reference, targets=targets, direction=direction, logprobs=True, **kernel)
+    return KlLogprobs(*(x.reshape(-1) for x in found))
+
+
+def check_exact(why: str, gradient: object, vocab_order: object) -> None:
+    """ValueError for options of a routed gradient where a divergence between two heads is computed, which has none."""
+    if gradient != "exact":
+        raise ValueError(f"gradient: expected 'exact' {why}, got {gradient}")
+    if vocab_order is not None:
+        raise ValueError(f"vocab_order: would be ignored {why}; expected None")
 
 
 def check_batch(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, validate: bool) -> torch.Size:

@@ -13,9 +13,11 @@ from isdaa_kernels import (
     linear_logprob,
     linear_policy_loss,
     linear_preference_loss,
+    make_vocab_order,
     policy_loss,
 )
 from isdaa_kernels.stats import VocabStats
+from isdaa_kernels.testing import FlopCounter, dense_kl
 
 V, D = 13, 5
 OF_TOKENS = [name for name, objective in OBJECTIVES.items() if objective.kind == "token"]
@@ -95,6 +97,47 @@ def test_reference_entropy_and_monitors(backend):
     )  # fmt: skip
     assert_same(found, expected, batch)
     assert {"entropy/mean", "top_k_mass/mean", "top_k_entropy/mean", "kl/sqrt"} <= found.metrics.keys()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("direction", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("monitors", [False, True])
+def test_the_exact_divergence_in_the_same_pass(backend, direction, monitors):
+    batch = Batch("dapo")
+    log_p, log_q = batch.log_softmax(), (batch.other @ batch.weight.T).log_softmax(-1).detach()
+    reference = log_q.gather(-1, batch.targets.clamp(min=0)[:, None])[:, 0]
+    heads = batch.hidden, LMHead(batch.weight), batch.other, LMHead(batch.weight)
+    stats = VocabStats(entropy=-(log_p.exp() * log_p).sum(-1)) if monitors else None
+    more = {"kl_weight": 0.3, "kl_corrected": True} | ({"entropy_weight": 0.2} if monitors else {})
+    expected = batch.dense(
+        "dapo", stats, reference_logprob=reference, token_kl=dense_kl(*heads, direction=direction), **more
+    )
+    with FlopCounter() as counter:
+        found = batch.fused("dapo", reference=heads[2:], kl_direction=direction, backend=backend, **more)
+        torch.autograd.grad(found.loss, batch.leaves, retain_graph=True)
+    work = 6 + 4 * monitors  # products of a head: 2 forward and 4 back; the entropy has a pass of its own
+    assert counter.flop / (2 * batch.mask.sum().item() * D * V) == work
+    assert_same(found, expected, batch)
+
+
+def test_what_the_exact_divergence_cannot_go_with():
+    batch = Batch("dapo")
+    reference = (batch.other, batch.weight)
+
+    def bad(match, **arguments):
+        with pytest.raises(ValueError, match=match):
+            batch.fused("dapo", **{"kl_direction": "reverse", "kl_weight": 0.1, "reference": reference, **arguments})
+
+    bad("kl_direction: would be ignored without a kl_weight above 0", kl_weight=0.0)
+    bad("direction: expected one of forward, reverse, jsd, got 'k3'", kl_direction="k3")
+    bad(r"reference: expected \(hidden, head\)", reference=None, reference_logprob=torch.zeros(len(batch.targets)))
+    bad("kl_direction, token_kl: expected one of the two", token_kl=torch.zeros(len(batch.targets)))
+    bad("gradient: expected 'exact' with kl_direction", gradient=Routed())
+    bad("vocab_order: would be ignored", vocab_order=make_vocab_order(batch.weight.detach(), batch.hidden.detach()))
+    bad(
+        "reference: expected a head of 13 rows, the policy's vocabulary, got 12",
+        reference=(batch.other, batch.weight[:12]),
+    )
 
 
 def test_monitors_beside_routed_gradients():

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from isdaa_kernels import (
+    Routed,
     chosen_tokens,
     divergent_tokens,
     guidance_weight,
@@ -17,6 +18,7 @@ from isdaa_kernels import (
     step_cu_seqlens,
 )
 from isdaa_kernels.objectives import OBJECTIVES
+from isdaa_kernels.testing import FlopCounter
 
 # Chosen of 4 and 3 tokens, rejected of 5 and 2; hidden states are logits.
 CU_SEQLENS, V = torch.tensor([0, 4, 7, 12, 14]), 6
@@ -70,6 +72,22 @@ def test_tdpo_from_logits(name, summed):
     # what lies at ignored tokens is not read
     given = by_completion(scored_N) if summed else kl_N.where(TARGETS != -100, math.nan)[None]
     assert_same(fused(logits, objective=name, beta=0.3, reference_kl=given), expected, logits)
+
+
+@pytest.mark.parametrize("name", ["tdpo1", "tdpo2"])
+def test_tdpo_from_both_models(name):
+    """Log-probs of both and their divergence come from one pass: 2 products forward, 4 back."""
+    eye, logits = torch.eye(V, dtype=torch.float64), LOGITS.clone().requires_grad_()
+    kl_N = (REFERENCE.softmax(-1) * (REFERENCE.log_softmax(-1) - logits.log_softmax(-1))).sum(-1)
+    expected = fused(logits, objective=name, beta=0.3, reference_kl=kl_N[None])
+    arguments = {"reference": (REFERENCE, eye), "objective": name, "beta": 0.3, "backend": "reference"}
+    with FlopCounter() as counter:
+        loss, _ = linear_preference_loss(logits, eye.requires_grad_(), TARGETS, CU_SEQLENS, **arguments)
+        torch.autograd.grad(loss, (logits, eye), retain_graph=True)
+    assert counter.flop == 6 * 2 * 10 * V * V
+    assert_same(loss, expected.double(), logits)
+    with pytest.raises(ValueError, match="gradient: expected 'exact' for 'tdpo"):
+        linear_preference_loss(logits, eye, TARGETS, CU_SEQLENS, gradient=Routed(), **arguments)
 
 
 def test_tdpo_needs_the_divergence():

@@ -3,10 +3,12 @@
 N tokens, D hidden size (E that of the teacher), V vocabulary.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from isdaa_kernels import LMHead, linear_kl, linear_logprob
+from isdaa_kernels import KlLogprobs, LMHead, linear_kl, linear_logprob
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
@@ -17,7 +19,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
     loss = weight_hard_loss * hard + weight_soft_loss * soft, both means over the tokens whose label is not `ignore_index`: the cross
     entropy of the labels at temperature 1, and `linear_kl` at `temperature`: "forward" (teacher || student) at beta = 0, "reverse" at 1,
-    "jsd" with the weight beta of the teacher between. A term with the weight 0 is not computed, unless it is returned.
+    "jsd" with the weight beta of the teacher between. A term with the weight 0 is not computed, unless it is returned. At temperature 1
+    both terms come from one pass over both heads.
 
     student_input [N, D], teacher_input [N, E], true_labels [N] (or more leading dimensions). A teacher with more vocabulary rows than the
     student meets a student whose logits are 0 there, as in Liger; that copies the student's weight. The teacher gets no gradient. The
@@ -58,16 +61,21 @@ class LigerFusedLinearJSDLoss(nn.Module):
         _check_labels("true_labels", true_labels, student_input)
         student, teacher = LMHead(student_weight, student_bias), LMHead(teacher_weight, teacher_bias)
         options = {"ignore_index": self.ignore_index, **self.kernel}
+        settings = (teacher_input, teacher, true_labels, self.beta, self.temperature, options)
+        mean = partial(_mean, labels=true_labels, ignore_index=self.ignore_index)
+        wants_hard, wants_soft = (
+            weight != 0 or self.return_soft_hard_loss for weight in (self.weight_hard_loss, self.weight_soft_loss)
+        )
         hard = soft = torch.zeros((), device=student_input.device)
-        if self.weight_hard_loss or self.return_soft_hard_loss:
-            token = linear_logprob(student_input, student.weight, true_labels, bias=student.bias, **options)
-            hard = -_mean(token, true_labels, self.ignore_index)
-        if self.weight_soft_loss or self.return_soft_hard_loss:
-            wide = _with_rows_of(teacher, student)
-            token = _divergence(
-                student_input, wide, teacher_input, teacher, true_labels, self.beta, self.temperature, options
-            )
-            soft = _mean(token, true_labels, self.ignore_index)
+        if wants_hard and wants_soft and self.temperature == 1 and len(teacher.weight) == len(student.weight):
+            divergence, logprob, _ = _divergence(student_input, student, *settings, logprobs=True)
+            hard, soft = -mean(logprob), mean(divergence)
+        else:
+            if wants_hard:
+                logprob = linear_logprob(student_input, student.weight, true_labels, bias=student.bias, **options)
+                hard = -mean(logprob)
+            if wants_soft:
+                soft = mean(_divergence(student_input, _with_rows_of(teacher, student), *settings))
         loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
         return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
 
@@ -120,7 +128,8 @@ def _divergence(
     beta: float,
     temperature: float,
     options: dict[str, object],
-) -> Tensor:
+    logprobs: bool = False,
+) -> Tensor | KlLogprobs:
     """The divergence of each token, 0 where it is ignored."""
     direction = {0: "forward", 1: "reverse"}.get(beta, "jsd")
     return linear_kl(
@@ -132,6 +141,7 @@ def _divergence(
         jsd_weight=float(beta) if direction == "jsd" else None,
         targets=labels,
         temperature=float(temperature),
+        logprobs=logprobs,
         **options,
     )
 
