@@ -1,6 +1,6 @@
 """`linear_kl` against dense PyTorch and TRL's chunked divergence, on real hidden states:
 
-    python -m bench.linear_kl                     every direction, about 6 minutes on 2 cores
+    python -m bench.linear_kl                     every direction, about 8 minutes on 2 cores
     python -m bench.linear_kl --direction reverse --no-memory --repeats 3
 
 Time in units (`bench.timing`; a unit is one product of one head), peak memory in a process of its own, errors against fp64. The reference
@@ -10,18 +10,18 @@ has the policy's head and slightly other states, as `bench.problem` makes them. 
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bench import device
 from bench.contenders import Outcome
 from bench.files import write_whole
-from bench.memory import peak_growth, warm_blas
+from bench.memory import bytes_of_process, peak_growth, warm_blas
 from bench.problem import Problem, make_problem
 from bench.report import MIB
 from bench.states import ROOT, load_states
@@ -34,6 +34,7 @@ FOLDER = ROOT / "bench" / "results" / "linear-kl-latest"
 MODES = ("forward", "full", "frozen head")
 BAR = 1e-2  # of a relative error: rounding costs a small divergence digits, a wrong formula costs all
 CHUNK = 128  # tokens of the truth at once
+LIMIT_SECONDS = 60.0  # of one call over all its repeats
 Function = Callable[[Tensor, Tensor, Problem, str], Tensor]
 
 
@@ -91,7 +92,7 @@ def truth(problem: Problem, direction: str) -> Outcome:
 
 def measure(problem: Problem, options: argparse.Namespace) -> list[dict]:
     rows, timed, unit = [], [], Unit(problem.hidden_ND, problem.weight_VD)
-    for direction in options.direction:
+    for direction in tqdm(options.direction, desc="truth", unit="direction"):
         true = truth(problem, direction)
         for name in CONTENDERS:
             found = make_call(name, problem, direction, "full")()
@@ -105,7 +106,9 @@ def measure(problem: Problem, options: argparse.Namespace) -> list[dict]:
             if not row["red"]:
                 timed += [(row, mode, Timed(make_call(name, problem, direction, mode), unit)) for mode in MODES]
         del true
-    for _ in measure_rounds([item for _, _, item in timed], options.repeats, math.inf):
+    calls = [item for _, _, item in timed]
+    rounds = measure_rounds(calls, options.repeats, LIMIT_SECONDS)
+    for _ in tqdm(rounds, desc="time", unit="call", total=options.repeats * len(calls)):
         pass
     for row, mode, item in timed:
         row[mode] = item.figures()
@@ -113,14 +116,10 @@ def measure(problem: Problem, options: argparse.Namespace) -> list[dict]:
 
 
 def measure_memory(rows: list[dict], options: argparse.Namespace) -> None:
-    """Each in a process of its own."""
-    for row in rows:
-        if not row["red"]:
-            job = [row["contender"], row["direction"], options.states, str(options.tokens), str(options.threads)]
-            done = subprocess.run(
-                [sys.executable, "-m", "bench.linear_kl", "--job", *job], cwd=ROOT, capture_output=True, text=True
-            )
-            row["extra_bytes"] = int(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    """Each in a process of its own; raises RuntimeError for one that fails."""
+    for row in tqdm([row for row in rows if not row["red"]], desc="memory", unit="call"):
+        job = [row["contender"], row["direction"], options.states, str(options.tokens), str(options.threads)]
+        row["extra_bytes"] = bytes_of_process("bench.linear_kl", "--job", *job, timeout=600)
 
 
 def run_job(name: str, direction: str, states: str, tokens: str, threads: str) -> int:
