@@ -40,10 +40,12 @@ This page is printed by `python -m isdaa_kernels.objectives` from the docstrings
   under the policy and the old one, A its advantage, logp its log-prob, clip(x) = max(1 - clip_low, min(x, 1 + clip_high)); |chosen| is
   the number of scored tokens; LS the log-sigmoid, S the sigmoid. Log-probs are sums over tokens unless the formula says otherwise.
 - **Needs.** What a call must have beyond the sums of the policy, or the log-probs of its tokens. `linear_preference_loss` makes lengths,
-  log_sum_sq_prob and kl_score itself. Advantages are never made inside an objective: `group_advantages` makes them from rewards.
-- **Beside a loss of tokens** there are arguments of `policy_loss`, the same for all: the divergence from the reference (`kl_weight`), the
-  entropy bonus (`entropy_weight`), the correction for the sampler (`correction=SamplerCorrection(...)`, truncated or masked importance
-  sampling), `off_policy_threshold` and `token_weight`.
+  log_sum_sq_prob and kl_score itself, and reference_kl of `reference=(hidden, head)` in the pass of both log-probs. Advantages
+  are never made inside an objective: `group_advantages` makes them from rewards.
+- **Beside a loss of tokens** there are arguments of `policy_loss`, the same for all: the divergence from the reference (`kl_weight`:
+  its k3 estimate, or with `kl_direction` of `linear_policy_loss` the exact one), the entropy bonus
+  (`entropy_weight`), the correction for the sampler (`correction=SamplerCorrection(...)`, truncated or masked importance sampling),
+  `off_policy_threshold` and `token_weight`.
 - **Options** are keyword arguments: numbers, or, but for losses of tokens, tensors with one value an item. An option that an objective
   does not have is refused.
 - **Importance weights.** Each pairwise objective without a weight has a form `is_<name>` whose pair losses are multiplied by the clipped
