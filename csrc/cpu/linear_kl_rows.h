@@ -210,10 +210,14 @@ struct Mixture {
     const Int up = r >= 0.0f;
     const Float size = absolute(r), lesser = up ? broadcast(weight) : broadcast(rest);
     const Int small = size <= kSmallGap;
-    const Float t = lesser * (small_excess(small ? -size : Float{}) - size), u = 1.0f + t;
-    const Float near = u == 1.0f ? t : logarithm(u) * (t / (u - 1.0f));
-    const Float far = logarithm((up ? broadcast(rest) : broadcast(weight)) + lesser * exponential_up_to_88(-size, -87.0f));
-    const Float log_m = small ? near : far;  // log(m / max(p, q))
+    const Float t = lesser * (small_excess(small ? -size : Float{}) - size), near = 1.0f + t;
+    Float u = near;
+    if (any(~small)) {
+      const Float far = (up ? broadcast(rest) : broadcast(weight)) + lesser * exponential_up_to_88(-size, -87.0f);
+      u = small ? near : far;
+    }
+    const Float log_u = logarithm(u);
+    const Float log_m = !small ? log_u : u == 1.0f ? t : log_u * (t / (u - 1.0f));  // log(m / max(p, q))
     over_p = up ? log_m : log_m - r;
     over_q = up ? log_m + r : log_m;
   }
