@@ -58,7 +58,7 @@ def ratio_of_sampler(rollout: Rollout, mode: str, largest: float | None, least: 
 
 
 def trl_grpo(
-    rollout: Rollout, tokens: int | None = None, sampler: Tensor | None = None, **settings
+    rollout: Rollout, tokens: int | None = None, sampler: Tensor | None = None, processes: int = 1, **settings
 ) -> tuple[Tensor, Tensor]:
     from trl import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -85,7 +85,7 @@ def trl_grpo(
         },
     )  # fmt: skip
     trainer.accelerator = SimpleNamespace(
-        num_processes=1,
+        num_processes=processes,
         gather=_same,
         reduce=_same,
         pad_across_processes=_same,
@@ -234,7 +234,7 @@ def test_entropy_bonus_and_mask_of_trl():
     rollout = Rollout()
     rollout.entropy.requires_grad_()
     expected = trl_grpo(rollout, entropy_coef=0.2)
-    stats = VocabStats(entropy=rollout.entropy)
+    stats = VocabStats(entropy=rollout.entropy.reshape(-1))
     assert_same(rollout.ours(objective="dapo", clip_high=0.2, entropy_weight=0.2, stats=stats), expected)
 
     rollout.entropy.requires_grad_(False)
@@ -253,6 +253,9 @@ def test_advantages_of_tokens_of_trl():
 def test_denominator_is_trls_number_of_items():
     rollout = Rollout()
     assert_same(rollout.ours(objective="dapo", clip_high=0.2, denominator=57), trl_grpo(rollout, tokens=57))
+    # processes whose gradients are averaged
+    of_four = trl_grpo(rollout, tokens=57, processes=4)
+    assert_same(rollout.ours(objective="dapo", clip_high=0.2, denominator=57 / 4), of_four)
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.2])
