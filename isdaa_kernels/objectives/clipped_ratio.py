@@ -63,7 +63,8 @@ def dapo(
 
     Decoupled clip and dynamic sampling, Yu et al. 2025 (arXiv 2503.14476), with their clip_high ("clip higher"), the mean over the scored
     tokens of the whole step: pass their number over all micro-batches and ranks as denominator, divided by the number of ranks where
-    their gradients are averaged. TRL's `dapo`, its default, has clip_high 0.2. The gradient of a token is that of `grpo`. Not `dapo_direct`.
+    their gradients are averaged. TRL's `dapo`, its default, has clip_high 0.2. The gradient of a token is that of `grpo`. Not
+    `dapo_direct`.
     """
     return grpo(batch, clip_low=clip_low, clip_high=clip_high, ratio_cap=ratio_cap)
 
