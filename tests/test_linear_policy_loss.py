@@ -218,6 +218,49 @@ def test_bad_input(arguments, message):
         linear_policy_loss(batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, **given)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"monitors": ("perplexity",)}, "stats: expected some of entropy"),
+        ({"monitors": ("perplexity",), "kl_direction": "reverse"}, "stats: expected some of entropy"),
+        ({"monitors": "entropy"}, "monitors: expected a sequence of names, got 'entropy'"),
+        ({"monitors": ("top_k_mass",), "top_k": 65}, "top_k: expected a whole number from 1 to 64, got 65"),
+        ({"head": torch.zeros(V, D + 1).double()}, r"hidden: expected \[..., 6\] to fit weight \[13, 6\]"),
+        ({"temperature": 0.0}, "temperature: expected a positive finite number, got 0.0"),
+        (
+            {"gradient": Routed(1e-3), "entropy_weight": 0.1},
+            "stats: expected none of entropy, mean_logit with gradient=R",
+        ),
+        (
+            {"reference": (torch.zeros(22, D), torch.zeros(V, D + 1))},
+            r"reference: expected a head \[13, 5\], got \[13, 6\]",
+        ),
+        (
+            {"reference": (torch.zeros(22, D), torch.zeros(V + 1, D))},
+            "reference: expected a head of 13 rows, the policy's",
+        ),
+        (
+            {"reference": (torch.zeros(21, D), torch.zeros(V, D))},
+            r"reference: expected hidden \[22, 'D'\], got \[21, 5\]",
+        ),
+        ({"reference": (None, torch.zeros(V, D))}, r"reference: expected hidden \[22, 'D'\], got None"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(arguments, message):
+    """No matrix product of the policy or of the reference, where the log-probs of both are to be made."""
+    batch = Batch()
+    given = {"reference": (batch.other, batch.weight), "head": batch.weight, "backend": "reference", "kl_weight": 0.1}
+    with FlopCounter() as counted, pytest.raises(ValueError, match=message):
+        linear_policy_loss(
+            hidden=batch.hidden,
+            targets=batch.targets,
+            cu_seqlens=batch.cu_seqlens,
+            **batch.arguments,
+            **{**given, **arguments},
+        )
+    assert counted.flop == 0
+
+
 def test_losses_of_pairs_refuse_those_of_tokens():
     batch = Batch()
     message = "objective: 'grpo' is a loss of tokens; expected policy_loss or linear_policy_loss"
