@@ -98,7 +98,8 @@ def policy_loss(
     values         [N], a critic's; differentiable. For objectives that need them.
     rewards        [S]. For objectives that need them, and for the metrics.
     step_cu_seqlens
-                   [T + 1], where steps start, and N (`objectives.step_cu_seqlens`). For objectives that look at steps.
+                   [T + 1], where steps start, and N (`objectives.step_cu_seqlens`); none goes on from one completion to the next. For
+                   objectives that look at steps.
     options        the objective's own: numbers.
 
     token_weight, the correction and the threshold act on the objective's loss, not on divergence and entropy. No token to score: the loss
@@ -287,7 +288,7 @@ def check_policy(
             raise ValueError(f"{objective.name}: {name}: expected a number, got a tensor {list(value.shape)}")
     _check_shapes(N, S, device, inputs)
     has_reference = inputs.reference_logprob is not None or "reference" in made
-    _check_needs(objective, inputs, has_reference)
+    _check_needs(N, device, objective, inputs, has_reference)
     for name, value in (("kl_weight", kl_weight), ("entropy_weight", entropy_weight)):
         if not is_finite_number(value) or value < 0:
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
@@ -355,10 +356,22 @@ def _check_shapes(N: int, S: int, device: torch.device, inputs: TokenInputs) -> 
             is_number = value.dtype != torch.bool and not value.is_complex()
         if value.device != device or not is_number:
             raise ValueError(f"{name}: expected a floating dtype on {device}, got {value.dtype} on {value.device}")
-    if inputs.step_cu_seqlens is not None:
-        check_cu_seqlens(inputs.step_cu_seqlens, N, device)
     if inputs.stats is not None:
         _check_stats(N, device, inputs.stats)
+
+
+def _check_steps(N: int, device: torch.device, inputs: TokenInputs) -> None:
+    try:
+        check_cu_seqlens(inputs.step_cu_seqlens, N, device)
+    except ValueError as error:
+        raise ValueError(f"step_{error}") from None
+    # its values where those of cu_seqlens are looked at
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        across = sorted(set(inputs.cu_seqlens.tolist()) - set(inputs.step_cu_seqlens.tolist()))
+        if across:
+            raise ValueError(
+                f"step_cu_seqlens: expected a step to start where a completion does, at {across[0]}, got one across it"
+            )
 
 
 def _check_stats(N: int, device: torch.device, stats: VocabStats) -> None:
@@ -377,7 +390,7 @@ def _check_entropy(inputs: TokenInputs) -> None:
         raise ValueError("stats.entropy: expected one with a gradient for entropy_weight, got a detached one")
 
 
-def _check_needs(objective: Objective, inputs: TokenInputs, has_reference: bool) -> None:
+def _check_needs(N: int, device: torch.device, objective: Objective, inputs: TokenInputs, has_reference: bool) -> None:
     given = {"advantages": inputs.advantages, "values": inputs.values, "rewards": inputs.rewards}
     has = {name for name, value in given.items() if value is not None} | ({"reference"} if has_reference else set())
     for name, meaning in NEEDS.items():
@@ -389,6 +402,8 @@ def _check_needs(objective: Objective, inputs: TokenInputs, has_reference: bool)
         raise ValueError(f"{name}: {objective.name!r} would ignore it; expected None")
     if inputs.step_cu_seqlens is not None and "values" not in objective.needs:
         raise ValueError(f"step_cu_seqlens: {objective.name!r} would ignore it; expected None")
+    if inputs.step_cu_seqlens is not None:
+        _check_steps(N, device, inputs)
 
 
 def _check_divergence(inputs: TokenInputs, has_reference: bool, kl_weight: float, kl_corrected: bool) -> None:

@@ -374,6 +374,14 @@ def test_clip_fractions_and_ratios():
     assert metrics["reward/mean"] == 2
     metrics = policy_loss(**tensors, objective="gmpo", log_clip=0.2)[1]
     assert metrics["clip/high_frac"].item() == metrics["clip/low_frac"].item() == pytest.approx(1 / 5)
+    # the products 0.75 and 1.125, of three tokens and of two
+    means = {"gmpo": (0.75 ** (1 / 3), 1.125**0.5), "gspo": (0.75 ** (1 / 3), 1.125**0.5), "rloo": (0.75, 1.125)}
+    for name, (first, second) in means.items():
+        metrics = policy_loss(**tensors, objective=name)[1]
+        assert metrics["ratio/max"].item() == pytest.approx(second)
+        assert metrics["ratio/mean"].item() == pytest.approx((3 * first + 2 * second) / 5)
+        ess = (3 * first + 2 * second) ** 2 / (3 * first**2 + 2 * second**2)
+        assert metrics["ratio/ess"].item() == pytest.approx(ess)
     assert "clip/high_frac" not in policy_loss(**tensors, objective="sapo")[1]
 
 
@@ -408,7 +416,7 @@ def bad(message: str, name: str = "grpo", **arguments):
 
 
 N = sample_tokens(OBJECTIVES["grpo"])["logprob"].numel()
-TOKENS = torch.zeros(N)
+TOKENS, ENDS = torch.zeros(N), sample_tokens(OBJECTIVES["grpo"])["cu_seqlens"].tolist()
 BAD = [
     bad(
         rf"advantages: expected \[4\], one a completion, or \[{N}\], one a token, got \[3\]", advantages=torch.zeros(3)
@@ -431,6 +439,16 @@ BAD = [
     bad("advantages: expected a floating dtype on cpu, got torch.bool", advantages=torch.ones(4).bool()),
     bad(r"cu_seqlens: expected non-decreasing values from 0", cu_seqlens=torch.tensor([0, 3])),
     bad(r"step_cu_seqlens: 'grpo' would ignore it", step_cu_seqlens=torch.tensor([0, N])),
+    bad(
+        rf"^step_cu_seqlens: expected non-decreasing values from 0 to {N}, got \[0, 3\]",
+        "oreo_actor",
+        step_cu_seqlens=torch.tensor([0, 3]),
+    ),
+    bad(
+        rf"step_cu_seqlens: expected a step to start where a completion does, at {ENDS[1]}, got one across it",
+        "oreo_actor",
+        step_cu_seqlens=torch.tensor([0, ENDS[1] - 1, *ENDS[2:]]),
+    ),
     bad("values: 'grpo' would ignore it", values=TOKENS),
     bad("reference_logprob: expected .* for kl_weight, got None", kl_weight=0.1),
     bad("kl_weight: expected a finite number of at least 0, got -1", kl_weight=-1),

@@ -283,6 +283,33 @@ def test_rloo_of_trl(spread):
     assert_same(rollout.ours(objective="rloo"), expected)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_gmpo_of_trl(beta):
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+
+    rollout, values = Rollout(spread=0.6), defaults_of(GMPOConfig)
+    logprob = rollout.logprob.clone().requires_grad_()
+    trainer = bare(
+        GMPOTrainer,
+        nn.Linear(1, 1),
+        beta=beta,
+        epsilon_low=values["epsilon"],
+        epsilon_high=values["epsilon"],
+        top_entropy_quantile=1.0,
+        current_gradient_accumulation_steps=1,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprob, rollout.entropy, None),
+    )
+    trainer.accelerator = SimpleNamespace(gather=_same, reduce=_same)
+    mask = rollout.mask.long()
+    inputs = {
+        "prompt_ids": mask[:, :1], "prompt_mask": mask[:, :1], "completion_ids": mask, "completion_mask": mask,
+        "advantages": rollout.advantages, "old_per_token_logps": rollout.old, "ref_per_token_logps": rollout.reference,
+    }  # fmt: skip
+    expected = theirs(trainer._compute_loss(trainer.model, inputs), logprob)
+    more = {"reference_logprob": rollout.reference.reshape(-1), "kl_weight": beta} if beta else {}
+    assert_same(rollout.ours(objective="gmpo", log_clip=values["epsilon"], **more), expected)
+
+
 # Liger, from hidden states, in fp32
 
 LIGER = [

@@ -160,7 +160,7 @@ def rloo(batch: TokenLogprob, *, clip_low: float = 0.2, clip_high: float = 0.2) 
     return _clipped(batch, LOG_RATIOS["sequence"](batch), clip_low, clip_high, None)
 
 
-@declare("advantages", source="Zhao et al. 2025, arXiv 2507.20673", reduction="sequence_mean")
+@declare("advantages", source="Zhao et al. 2025, arXiv 2507.20673", reduction="sequence_mean", ratio="sequence_mean")
 def gmpo(batch: TokenLogprob, *, log_clip: float = 0.4) -> Tensor:
     """-A exp(mean over the completion of c), c = min(log rho, log_clip) where A > 0, max(log rho, -log_clip) elsewhere; [N].
 
