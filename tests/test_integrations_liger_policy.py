@@ -325,3 +325,15 @@ def test_ratios_that_overflow_leave_all_numbers_finite():
         for settings in ({}, SEQUENCE, {"loss_type": "vespo"}):
             loss, metrics, grads = call(LigerFusedLinearGRPOLoss(use_bias_correction_kl=True, **settings), batch)
             assert all(value.isfinite().all() for value in (loss, *metrics, *grads.values()))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
+def test_a_mask_with_no_token(loss_type):
+    batch = make_batch()
+    for name in ("ref_per_token_logps", "old_per_token_logps"):
+        batch[name] = torch.full_like(batch[name], torch.nan)
+    loss = LigerFusedLinearGRPOLoss(loss_type=loss_type, max_completion_length=8)
+    value, metrics, grads = call(loss, batch, attention_mask=torch.zeros(5, 8))
+    assert value == 0
+    assert all(metric == 0 for metric in metrics)
+    assert not any(grad.any() for grad in grads.values())
