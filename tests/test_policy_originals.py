@@ -4,6 +4,7 @@ The trainers are made without their constructors and get log-probs that the test
 log-prob. Letters: B completions, T places of a padded one, N tokens of the packed batch, V vocabulary, D hidden size.
 """
 
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,8 +44,16 @@ class Rollout:
         """(loss, gradient by the log-probs), over the packed places."""
         logprob = self.logprob.clone().requires_grad_()
         given = {"advantages": self.advantages, "old_logprob": self.old.reshape(-1)} | arguments
-        loss, _ = policy_loss(logprob.reshape(-1), torch.arange(B + 1) * T, mask=self.mask.reshape(-1), **given)
+        cu_seqlens = torch.arange(len(logprob) + 1) * T
+        loss, _ = policy_loss(logprob.reshape(-1), cu_seqlens, mask=self.mask.reshape(-1), **given)
         return theirs(loss, logprob)
+
+    def rows(self, rows: slice) -> "Rollout":
+        """A micro-batch of it."""
+        part = copy(self)
+        for name, value in vars(self).items():
+            setattr(part, name, value[rows])
+        return part
 
 
 def ratio_of_sampler(rollout: Rollout, mode: str, largest: float | None, least: float | None) -> Tensor:
@@ -58,7 +67,12 @@ def ratio_of_sampler(rollout: Rollout, mode: str, largest: float | None, least: 
 
 
 def trl_grpo(
-    rollout: Rollout, tokens: int | None = None, sampler: Tensor | None = None, processes: int = 1, **settings
+    rollout: Rollout,
+    tokens: int | None = None,
+    sampler: Tensor | None = None,
+    processes: int = 1,
+    calls: int = 1,
+    **settings,
 ) -> tuple[Tensor, Tensor]:
     from trl import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -69,11 +83,11 @@ def trl_grpo(
     trainer = bare(
         GRPOTrainer,
         nn.Linear(1, 1),
-        args=SimpleNamespace(**values | {"steps_per_generation": 1}),
+        args=SimpleNamespace(**values | {"steps_per_generation": calls}),
         epsilon_low=values["epsilon"],
         epsilon_high=values["epsilon"] if high is None else high,
         use_vllm=sampler is not None,
-        current_gradient_accumulation_steps=1,
+        current_gradient_accumulation_steps=calls,
         _entropy_bonus_enabled=values["entropy_coef"] != 0,
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprob, rollout.entropy, None),
         **{
@@ -167,6 +181,28 @@ def test_every_loss_type_of_trl_is_run():
     lines = source[source.index("def _compute_loss") :].splitlines()
     named = {word for line in lines if "if self.loss_type" in line for word in line.split('"')[1::2]}
     assert named == {settings["loss_type"] for settings, _ in CASES}
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "denominator"),
+    [
+        ({"loss_type": "grpo"}, {"objective": "grpo"}, B),
+        ({"loss_type": "sapo"}, {"objective": "sapo"}, B),
+        ({"loss_type": "bnpo"}, {"objective": "bnpo"}, 2),
+        ({"loss_type": "dr_grpo", "max_completion_length": 32}, {"objective": "dr_grpo", "max_length": 32}, B),
+        ({"loss_type": "dapo"}, {"objective": "dapo", "clip_high": 0.2}, sum(LENGTHS)),
+        ({"loss_type": "vespo"}, {"objective": "vespo"}, sum(LENGTHS)),
+        ({"loss_type": "luspo", **SEQUENCE}, {"objective": "luspo"}, B),
+    ],
+    ids=lambda value: str(value),
+)
+def test_accumulation_of_trl(settings, arguments, denominator):
+    """A step of two micro-batches, each with its share of the loss: what the mean divides by is that of the step."""
+    rollout = Rollout()
+    for rows in (slice(0, 2), slice(2, 4)):
+        part = rollout.rows(rows)
+        expected = trl_grpo(part, tokens=sum(LENGTHS), calls=2, **settings)
+        assert_same(part.ours(denominator=denominator, **arguments), expected)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
