@@ -246,9 +246,8 @@ class PolicyTerms:
             return loss_N.sum() / counts.get(self.reduction, max(S, 1))
         if not isinstance(self.denominator, Tensor):
             return loss_N.sum() / self.denominator
-        # no rank has a token: 0, whatever it is divided by
-        nothing = ~batch.scored.any()
-        return loss_N.sum() / torch.where(nothing, 1, self.denominator)
+        # no rank has a token: 0 by 1 and not by 0; a sum, for which a number on the host need not be copied
+        return loss_N.sum() / (self.denominator + ~batch.scored.any())
 
 
 def _held(correction_N: Tensor, loss_N: Tensor) -> Tensor:
