@@ -385,8 +385,14 @@ def _check_entropy(inputs: TokenInputs) -> None:
     entropy = None if inputs.stats is None else inputs.stats.entropy
     if entropy is None:
         raise ValueError("stats: expected the entropy of each token for entropy_weight, got none")
-    if torch.is_grad_enabled() and inputs.logprob.requires_grad and not entropy.requires_grad:
+    if _lacks_gradient(inputs.logprob, entropy):
         raise ValueError("stats.entropy: expected one with a gradient for entropy_weight, got a detached one")
+
+
+def _lacks_gradient(logprob: Tensor | None, term: Tensor | None) -> bool:
+    """Whether a term of the loss would train nothing where the log-probs train."""
+    trains = torch.is_grad_enabled() and logprob is not None and logprob.requires_grad
+    return trains and term is not None and not term.requires_grad
 
 
 def _check_needs(N: int, device: torch.device, objective: Objective, inputs: TokenInputs, has_reference: bool) -> None:
@@ -411,6 +417,8 @@ def _check_divergence(inputs: TokenInputs, has_reference: bool, kl_weight: float
     if kl_weight == 0 and (inputs.token_kl is not None or kl_corrected):
         name = "kl_corrected" if inputs.token_kl is None else "token_kl"
         raise ValueError(f"{name}: would be ignored without a kl_weight above 0; expected its default")
+    if _lacks_gradient(inputs.logprob, inputs.token_kl):
+        raise ValueError("token_kl: expected one with a gradient, got a detached one, which would train nothing")
 
 
 def _correction(

@@ -454,6 +454,12 @@ BAD = [
     bad("kl_weight: expected a finite number of at least 0, got -1", kl_weight=-1),
     bad("entropy_weight: expected a finite number of at least 0, got nan", entropy_weight=math.nan),
     bad("token_kl: would be ignored without a kl_weight", token_kl=TOKENS),
+    bad(
+        "token_kl: expected one with a gradient, got a detached one",
+        logprob=TOKENS.clone().requires_grad_(),
+        token_kl=TOKENS,
+        kl_weight=0.1,
+    ),
     bad("kl_corrected: would be ignored without a kl_weight", kl_corrected=True),
     bad("kl_corrected: expected True or False, got 'no'", kl_corrected="no", kl_weight=0.1, reference_logprob=TOKENS),
     bad("stats: expected a VocabStats, got dict", stats={"entropy": TOKENS}),
