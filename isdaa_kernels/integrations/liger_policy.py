@@ -46,9 +46,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     and the gradient is 0.
 
     Raises ValueError for what Liger would ignore (delta with cispo, sapo or vespo, use_bias_correction_kl without a divergence, a
-    reference without use_ref_model), for a negative beta, for a ref_weight of another vocabulary, and for what makes Liger's luspo a mean over padding too:
-    importance_sampling_level="token", a beta, a vllm_is_ratio a token. A mask that holds other numbers than 0 and 1 raises on the CPU;
-    elsewhere it makes the loss NaN.
+    reference without use_ref_model), for a negative beta, for a ref_weight of another vocabulary, and for what makes Liger's luspo a mean
+    over padding too: importance_sampling_level="token", a beta, a vllm_is_ratio a token. A mask that holds other numbers than 0 and 1
+    raises on the CPU; elsewhere it makes the loss NaN.
     """
 
     def __init__(
