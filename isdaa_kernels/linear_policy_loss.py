@@ -86,6 +86,8 @@ def linear_policy_loss(
     """
     token_shape = check_batch(hidden, targets, cu_seqlens, validate)
     N, S = token_shape.numel(), cu_seqlens.numel() - 1
+    if isinstance(monitors, str):
+        raise ValueError(f"monitors: expected a sequence of names, got {monitors!r}")
     wanted = tuple(monitors) if entropy_weight == 0 or "entropy" in monitors else (*monitors, "entropy")
     inputs = {
         "advantages": advantages, "old_logprob": old_logprob, "reference_logprob": reference_logprob, "values": values,
@@ -108,18 +110,19 @@ def linear_policy_loss(
     kernel |= {"gradient": gradient, "vocab_order": vocab_order}
     kernel |= {"max_workspace_mb": max_workspace_mb, "backend": backend, "validate": validate}
     detached = [name for name in wanted if name != "entropy" or entropy_weight == 0]
+    # the policy's statistics first: what they refuse is refused before any work
     if kl_direction is not None:
-        found = evaluate_both(hidden, head, reference, targets, kernel, kl_direction)
-        inputs["token_kl"], policy_N, inputs["reference_logprob"] = found
         stats = None
         if wanted:
             with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_weight > 0):
                 _, stats = evaluate(hidden, head, targets, kernel, wanted, detached, top_k)
+        found = evaluate_both(hidden, head, reference, targets, kernel, kl_direction)
+        inputs["token_kl"], policy_N, inputs["reference_logprob"] = found
     else:
+        policy_N, stats = evaluate(hidden, head, targets, kernel, wanted, detached, top_k)
         if reference is not None:
             with torch.no_grad():
                 inputs["reference_logprob"], _ = evaluate(*reference, targets, kernel)
-        policy_N, stats = evaluate(hidden, head, targets, kernel, wanted, detached, top_k)
     return terms.loss(TokenInputs(policy_N, cu_seqlens, targets != ignore_index, stats=stats, **inputs))
 
 

@@ -124,6 +124,8 @@ def importance_fractions(
     without a floor. Raises ValueError for shapes and dtypes other than these, and for a length exponent without lengths.
     """
     _check_logprobs(policy=policy, behaviour=behaviour)
+    if not isinstance(importance, ImportanceWeight):
+        raise ValueError(f"importance: expected an ImportanceWeight, got {importance!r}")
     _check_shape("lengths", lengths, policy, "policy")
     if policy.ndim != 1 or len(policy) % 2:
         raise ValueError(f"policy: expected [2P], chosen then rejected, got {list(policy.shape)}")

@@ -77,8 +77,16 @@ def check_reference(
         return
     if not isinstance(reference, tuple) or len(reference) != 2:
         raise ValueError(f"reference: expected a tuple (hidden, head), got {type(reference).__name__}")
-    if reference[0].shape[:-1] != token_shape:
-        raise ValueError(f"reference: expected hidden {[*token_shape, 'D']}, got {list(reference[0].shape)}")
-    rows, policy_rows = (len(h.weight if isinstance(h, LMHead) else h) for h in (reference[1], head))
-    if rows != policy_rows:
-        raise ValueError(f"reference: expected a head of {policy_rows} rows, the policy's vocabulary, got {rows}")
+    hidden, weight = reference[0], _weight(reference[1])
+    if not isinstance(hidden, Tensor) or hidden.shape[:-1] != token_shape:
+        got = list(hidden.shape) if isinstance(hidden, Tensor) else repr(hidden)
+        raise ValueError(f"reference: expected hidden {[*token_shape, 'D']}, got {got}")
+    rows = len(_weight(head))
+    if len(weight) != rows:
+        raise ValueError(f"reference: expected a head of {rows} rows, the policy's vocabulary, got {len(weight)}")
+    if weight.shape[1:] != hidden.shape[-1:]:
+        raise ValueError(f"reference: expected a head [{rows}, {hidden.shape[-1]}], got {list(weight.shape)}")
+
+
+def _weight(head: LMHead | Tensor) -> Tensor:
+    return head.weight if isinstance(head, LMHead) else head

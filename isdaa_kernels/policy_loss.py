@@ -3,6 +3,7 @@
 Letters: N tokens of a packed batch, S completions.
 """
 
+import math
 from collections.abc import Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from isdaa_kernels.objectives import Objective, SamplerCorrection, TokenLogprob, get_objective
 from isdaa_kernels.objectives.objective import NEEDS, REDUCTIONS
-from isdaa_kernels.objectives.options import is_finite_number
+from isdaa_kernels.objectives.options import MAX_EXPONENT, is_finite_number
 from isdaa_kernels.objectives.sampler import off_policy_keep
-from isdaa_kernels.objectives.token_batch import LOG_RATIOS, Segments, bounded_exp, k3
+from isdaa_kernels.objectives.token_batch import LOG_RATIOS, Segments, k3
 from isdaa_kernels.objectives.token_metrics import token_metrics
 from isdaa_kernels.ops import segment_spread, segment_sum
 from isdaa_kernels.preference_terms import check_denominator
@@ -69,9 +70,9 @@ def policy_loss(
     logprob        [N] or [1, N] log-probs under the policy, any floating dtype; all arithmetic is fp64, the gradient comes in the dtype
                    given.
     cu_seqlens     [S + 1] int32 or int64: where completions start, and N. All tokens count, those that are not scored too.
-    mask           bool [N], True where a token is scored; None: all. What lies under False is never read, be it NaN, and gets the gradient
-                   0.
-    advantages     [S], one number a completion (`group_advantages`), or [N], one a token ([1, N] where N = S).
+    mask           bool [N] or [1, N], True where a token is scored; None: all. What lies under False is never read, be it NaN, and gets
+                   the gradient 0.
+    advantages     [S], one number a completion (`group_advantages`), or [N], one a token; [S, 1] or [1, N] where N = S.
     old_logprob, reference_logprob, sampler_logprob
                    [N], under the policy at the start of the step, under the frozen reference, and under the policy as the sampler ran it.
                    None of them gets a gradient. Without old_logprob the policy itself is the old one: all ratios are 1. The reference is
@@ -80,30 +81,33 @@ def policy_loss(
     reduction      how the losses of tokens become one number, of `objectives.objective.REDUCTIONS`; None: the objective's own.
     max_length     what "max_length" divides by: the most tokens that a completion may have.
     denominator    what the mean divides by: the number of tokens ("token_mean"), of calls ("batch_token_mean") or of completions (the
-                   others). None: that of the call, empty completions included. For gradient accumulation, and over ranks, pass that of all.
+                   others). None: that of the call, empty completions included. For gradient accumulation pass that of the whole step; over
+                   ranks that of all, divided by the number of ranks where their gradients are averaged (DDP, FSDP), as Trainers do.
     token_weight   [N], a constant factor for the objective's loss of each token: masks of tool output, of tokens of low entropy.
     correction     how the loss is corrected for the sampler; None: `SamplerCorrection()` where there is a sampler_logprob.
     off_policy_threshold
                    leaves out completions with an advantage below 0 that the policy has left (`sampler.off_policy_keep`); None: none.
     kl_weight      of the divergence from the reference, a token at a time: the k3 estimate, or `token_kl`. TRL calls it beta.
     kl_corrected   whether it is multiplied by the token's importance ratio, which is differentiated too; by the geometric mean over the
-                   completion where that is the objective's ratio. TRL: use_bias_correction_kl.
+                   completion where that is the objective's ratio. TRL: use_bias_correction_kl. The product is at most e^80: beyond, the
+                   ratio is held, without gradient.
     token_kl       [N], the exact divergence of each token's distributions (`linear_kl`), differentiable, in the place of the estimate.
-    entropy_weight of the entropy of each token's distribution (`stats.entropy`), subtracted. Reduced as the loss is: TRL takes the mean
-                   over tokens, whatever the loss type.
+    entropy_weight of the entropy of each token's distribution (`stats.entropy`, not detached), subtracted. Reduced as the loss is: TRL
+                   takes the mean over tokens, whatever the loss type.
     stats          of `linear_logprob_stats`, [N] or [1, N]: their means become metrics.
     values         [N], a critic's; differentiable. For objectives that need them.
     rewards        [S]. For objectives that need them, and for the metrics.
     step_cu_seqlens
-                   [T + 1], where steps start, and N (`objectives.step_cu_seqlens`). For objectives that look at steps.
+                   [T + 1], where steps start, and N (`objectives.step_cu_seqlens`); none goes on from one completion to the next. For
+                   objectives that look at steps.
     options        the objective's own: numbers.
 
     token_weight, the correction and the threshold act on the objective's loss, not on divergence and entropy. No token to score: the loss
     is 0, with zero gradients. A NaN reaches the loss and no gradient but those of its own completion. No host sync. Raises ValueError for
     shapes, dtypes, devices, names and options other than these, for what is missing and for what would be ignored, before any work.
     """
-    N, S = logprob.numel(), cu_seqlens.numel() - 1
     _check_tensors(logprob, cu_seqlens, mask)
+    N, S = logprob.numel(), cu_seqlens.numel() - 1
     inputs = TokenInputs(
         logprob, cu_seqlens, mask, advantages, old_logprob, reference_logprob, sampler_logprob, values, rewards, token_kl,
         token_weight, step_cu_seqlens, stats,
@@ -145,7 +149,7 @@ class TokenInputs:
         def constant(value: Tensor | None, by_completion: bool = False) -> Tensor | None:
             if value is None:
                 return None
-            return keep(completions.spread(value.detach()) if by_completion else value.detach())
+            return keep(completions.spread(value.detach().reshape(-1)) if by_completion else value.detach())
 
         policy_N = keep(policy_N)
         steps, starts_N = None, None
@@ -171,7 +175,9 @@ class TokenInputs:
         )
 
     def _by_completion(self, advantages: Tensor | None) -> bool:
-        return advantages is not None and advantages.ndim == 1 and advantages.numel() != self.logprob.numel()
+        if advantages is None:
+            return False
+        return advantages.numel() != self.logprob.numel() or (advantages.ndim == 2 and advantages.shape[0] > 1)
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ class PolicyTerms:
         """(the objective's loss of each token with its factors, which tokens the threshold keeps)."""
         loss_N = self.objective.loss(batch, self.options)
         if batch.correction is not None and not self.objective.own_correction:
-            loss_N = loss_N * batch.correction
+            loss_N = loss_N * _held(batch.correction, loss_N)
         if token_weight is not None:
             loss_N = loss_N * torch.where(batch.scored, token_weight.detach().reshape(-1).double(), 0)
         if self.off_policy_threshold is None:
@@ -224,7 +230,8 @@ class PolicyTerms:
         if not self.kl_corrected:
             return kl_N
         level = "sequence_mean" if self.objective.ratio == "sequence_mean" else "token"
-        return kl_N * bounded_exp(LOG_RATIOS[level](batch))
+        most_N = MAX_EXPONENT - kl_N.detach().clamp(min=1).log()
+        return kl_N * torch.minimum(LOG_RATIOS[level](batch), most_N).exp()
 
     def _reduce(self, batch: TokenLogprob, loss_N: Tensor, S: int) -> Tensor:
         tokens = batch.scored.sum().clamp(min=1)
@@ -235,8 +242,18 @@ class PolicyTerms:
         elif self.reduction == "max_length":
             loss_N = loss_N / self.max_length
         counts = {"token_mean": tokens, "batch_token_mean": 1}
-        denominator = counts.get(self.reduction, max(S, 1)) if self.denominator is None else self.denominator
-        return loss_N.sum() / denominator
+        if self.denominator is None:
+            return loss_N.sum() / counts.get(self.reduction, max(S, 1))
+        if not isinstance(self.denominator, Tensor):
+            return loss_N.sum() / self.denominator
+        # no rank has a token: 0 by 1 and not by 0; a sum, for which a number on the host need not be copied
+        return loss_N.sum() / (self.denominator + ~batch.scored.any())
+
+
+def _held(correction_N: Tensor, loss_N: Tensor) -> Tensor:
+    """The correction, unless that makes a loss larger that is beyond e^80 then: a ratio and its correction may both be large."""
+    most_N = math.exp(MAX_EXPONENT) / loss_N.detach().abs().clamp(min=1)
+    return torch.minimum(correction_N, most_N.clamp(min=1))
 
 
 def check_policy(
@@ -270,14 +287,15 @@ def check_policy(
             raise ValueError(f"{objective.name}: {name}: expected a number, got a tensor {list(value.shape)}")
     _check_shapes(N, S, device, inputs)
     has_reference = inputs.reference_logprob is not None or "reference" in made
-    _check_needs(objective, inputs, has_reference)
+    _check_needs(N, device, objective, inputs, has_reference)
     for name, value in (("kl_weight", kl_weight), ("entropy_weight", entropy_weight)):
         if not is_finite_number(value) or value < 0:
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    if not isinstance(kl_corrected, bool):
+        raise ValueError(f"kl_corrected: expected True or False, got {kl_corrected!r}")
     _check_divergence(inputs, has_reference, kl_weight, kl_corrected)
-    has_entropy = "entropy" in made or (inputs.stats is not None and inputs.stats.entropy is not None)
-    if entropy_weight > 0 and not has_entropy:
-        raise ValueError("stats: expected the entropy of each token for entropy_weight, got none")
+    if entropy_weight > 0 and "entropy" not in made:
+        _check_entropy(inputs)
     correction = _correction(objective, inputs, correction)
     _check_threshold(off_policy_threshold, inputs)
     reduction = _reduction(objective, reduction, max_length)
@@ -298,13 +316,22 @@ def _sum(cu_seqlens: Tensor, value_N: Tensor) -> Tensor:
 
 
 def _check_tensors(logprob: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> None:
-    if not logprob.is_floating_point() or not (logprob.ndim == 1 or (logprob.ndim == 2 and logprob.shape[0] == 1)):
-        raise ValueError(
-            f"logprob: expected a floating tensor [N] or [1, N], got {logprob.dtype} {list(logprob.shape)}"
-        )
-    check_cu_seqlens(cu_seqlens, logprob.numel(), logprob.device)
-    if mask is not None and (mask.dtype != torch.bool or mask.numel() != logprob.numel()):
-        raise ValueError(f"mask: expected bool [{logprob.numel()}], got {mask.dtype} {list(mask.shape)}")
+    if not isinstance(logprob, Tensor) or not logprob.is_floating_point() or not _is_packed(logprob, logprob.numel()):
+        raise ValueError(f"logprob: expected a floating tensor [N] or [1, N], got {_describe(logprob)}")
+    N, device = logprob.numel(), logprob.device
+    check_cu_seqlens(cu_seqlens, N, device)
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not _is_packed(mask, N) or mask.device != device:
+        raise ValueError(f"mask: expected bool [{N}] on {device}, got {_describe(mask)}")
+
+
+def _is_packed(value: Tensor, N: int) -> bool:
+    return tuple(value.shape) in {(N,), (1, N)}
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
 
 
 def _check_shapes(N: int, S: int, device: torch.device, inputs: TokenInputs) -> None:
@@ -313,21 +340,62 @@ def _check_shapes(N: int, S: int, device: torch.device, inputs: TokenInputs) -> 
         value = getattr(inputs, name)
         if value is None:
             continue
-        allowed = {(N,), (1, N)} if name in by_token else {(S,)} if name == "rewards" else {(S,), (N,), (1, N)}
+        allowed = {(N,), (1, N)} if name in by_token else {(S,)} if name == "rewards" else {(S,), (S, 1), (N,), (1, N)}
         if not isinstance(value, Tensor) or tuple(value.shape) not in allowed:
             expected = f"[{N}]" if name in by_token else f"[{S}]"
             expected += f", one a completion, or [{N}], one a token" if name == "advantages" else ""
             got = list(value.shape) if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name}: expected {expected}, got {got}")
-        if name == "advantages" and N == S and value.ndim == 1:
-            raise ValueError(f"{name}: [{N}] could be per token or per completion here; expected [1, {N}] per token")
-        if value.device != device or not (value.is_floating_point() or name in ("rewards", "advantages")):
+        if name == "advantages" and N == S > 1 and value.ndim == 1:
+            raise ValueError(
+                f"{name}: [{N}] could be per token or per completion here; expected [1, {N}] per token or [{S}, 1] per completion"
+            )
+        is_number = value.is_floating_point()
+        if name in ("rewards", "advantages"):
+            is_number = value.dtype != torch.bool and not value.is_complex()
+        if value.device != device or not is_number:
             raise ValueError(f"{name}: expected a floating dtype on {device}, got {value.dtype} on {value.device}")
-    if inputs.step_cu_seqlens is not None:
+    if inputs.stats is not None:
+        _check_stats(N, device, inputs.stats)
+
+
+def _check_steps(N: int, device: torch.device, inputs: TokenInputs) -> None:
+    try:
         check_cu_seqlens(inputs.step_cu_seqlens, N, device)
+    except ValueError as error:
+        raise ValueError(f"step_{error}") from None
+    # its values where those of cu_seqlens are looked at
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        across = sorted(set(inputs.cu_seqlens.tolist()) - set(inputs.step_cu_seqlens.tolist()))
+        if across:
+            raise ValueError(
+                f"step_cu_seqlens: expected a step to start where a completion does, at {across[0]}, got one across it"
+            )
 
 
-def _check_needs(objective: Objective, inputs: TokenInputs, has_reference: bool) -> None:
+def _check_stats(N: int, device: torch.device, stats: VocabStats) -> None:
+    if not isinstance(stats, VocabStats):
+        raise ValueError(f"stats: expected a VocabStats, got {type(stats).__name__}")
+    for name, value in vars(stats).items():
+        if value is not None and (not _is_packed(value, N) or value.device != device):
+            raise ValueError(f"stats.{name}: expected [{N}] on {device}, got {_describe(value)}")
+
+
+def _check_entropy(inputs: TokenInputs) -> None:
+    entropy = None if inputs.stats is None else inputs.stats.entropy
+    if entropy is None:
+        raise ValueError("stats: expected the entropy of each token for entropy_weight, got none")
+    if _lacks_gradient(inputs.logprob, entropy):
+        raise ValueError("stats.entropy: expected one with a gradient for entropy_weight, got a detached one")
+
+
+def _lacks_gradient(logprob: Tensor | None, term: Tensor | None) -> bool:
+    """Whether a term of the loss would train nothing where the log-probs train."""
+    trains = torch.is_grad_enabled() and logprob is not None and logprob.requires_grad
+    return trains and term is not None and not term.requires_grad
+
+
+def _check_needs(N: int, device: torch.device, objective: Objective, inputs: TokenInputs, has_reference: bool) -> None:
     given = {"advantages": inputs.advantages, "values": inputs.values, "rewards": inputs.rewards}
     has = {name for name, value in given.items() if value is not None} | ({"reference"} if has_reference else set())
     for name, meaning in NEEDS.items():
@@ -339,6 +407,8 @@ def _check_needs(objective: Objective, inputs: TokenInputs, has_reference: bool)
         raise ValueError(f"{name}: {objective.name!r} would ignore it; expected None")
     if inputs.step_cu_seqlens is not None and "values" not in objective.needs:
         raise ValueError(f"step_cu_seqlens: {objective.name!r} would ignore it; expected None")
+    if inputs.step_cu_seqlens is not None:
+        _check_steps(N, device, inputs)
 
 
 def _check_divergence(inputs: TokenInputs, has_reference: bool, kl_weight: float, kl_corrected: bool) -> None:
@@ -347,6 +417,8 @@ def _check_divergence(inputs: TokenInputs, has_reference: bool, kl_weight: float
     if kl_weight == 0 and (inputs.token_kl is not None or kl_corrected):
         name = "kl_corrected" if inputs.token_kl is None else "token_kl"
         raise ValueError(f"{name}: would be ignored without a kl_weight above 0; expected its default")
+    if _lacks_gradient(inputs.logprob, inputs.token_kl):
+        raise ValueError("token_kl: expected one with a gradient, got a detached one, which would train nothing")
 
 
 def _correction(

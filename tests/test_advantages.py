@@ -43,6 +43,14 @@ def test_groups_by_rows_of_different_sizes():
     torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, 0.0, -1.0, 0.0, 1.0], dtype=torch.float64))
 
 
+def test_a_completion_in_several_groups_has_the_advantage_of_the_last():
+    rows = torch.tensor([[0, 1], [2, 1], [-1, 0]], dtype=torch.int32)
+    found = group_advantages(torch.tensor([1.0, 4.0, 2.0, 7.0]), rows, scale="none")
+    assert found.tolist() == [0, 1, -1, 0]
+    assert group_advantages(torch.ones(3), torch.zeros(2, 0, dtype=torch.int64)).tolist() == [0, 0, 0]
+    assert group_advantages(torch.zeros(0), torch.full((2, 2), -1)).shape == (0,)
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 def test_groups_of_one_have_nothing_to_compare(scale, baseline):
@@ -53,9 +61,29 @@ def test_groups_of_one_have_nothing_to_compare(scale, baseline):
     assert found[1] != 0
 
 
-def test_equal_rewards_give_zero():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_equal_rewards_give_zero(dtype, baseline):
+    """Exactly, though 0.1 + 0.1 + 0.1 is more than 0.3 in fp64; and without an epsilon, too."""
     for scale in ("group", "batch", "none"):
-        assert (group_advantages(torch.full((4,), 0.3), 2, scale=scale) == 0).all()
+        for size in (2, 3, 7):
+            for epsilon in (1e-4, 0.0):
+                rewards = torch.full((2 * size,), 0.1, dtype=dtype)
+                assert (group_advantages(rewards, size, scale=scale, baseline=baseline, epsilon=epsilon) == 0).all()
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_no_deviation_and_no_epsilon_divide_by_nothing(scale):
+    rewards = torch.tensor([2.0, 2.0, math.nan])
+    assert group_advantages(rewards, 1, scale=scale, epsilon=0.0).tolist() == [0, 0, 0]
+    assert group_advantages(rewards, 1, scale=scale, baseline="none", epsilon=0.0).tolist() == [2, 2, 0]
+    found = group_advantages(torch.full((3,), 0.1).double(), 3, scale=scale, baseline="none", epsilon=0.0)
+    torch.testing.assert_close(found, torch.full((3,), 0.1).double())
+
+
+def test_differences_of_large_rewards():
+    rewards = 1e9 + torch.tensor([0.25, 0.5, 0.75]).double()
+    assert group_advantages(rewards, 3, epsilon=0.0).tolist() == [-1, 0, 1]
 
 
 def test_a_reward_that_is_missing_is_left_out():
@@ -78,6 +106,9 @@ def test_no_completions():
         ({"baseline": "max"}, "baseline: expected one of mean, leave_one_out, none, got 'max'"),
         ({"rewards": torch.zeros(2, 3)}, r"rewards: expected a floating tensor \[S\]"),
         ({"rewards": torch.zeros(6, dtype=torch.int64)}, r"rewards: expected a floating tensor \[S\], got torch.int64"),
+        ({"rewards": [1.0]}, r"rewards: expected a floating tensor \[S\], got \[1.0\]"),
+        ({"epsilon": -1.0}, "epsilon: expected a finite number of at least 0, got -1.0"),
+        ({"epsilon": math.nan}, "epsilon: expected a finite number of at least 0, got nan"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -105,7 +136,29 @@ def test_rewards_of_tokens_by_hand():
 
 def test_rewards_of_tokens_refuse_other_lengths():
     five = torch.zeros(5)
-    with pytest.raises(ValueError, match=r"policy_logprob: expected \[5\], got \[4\]"):
+    with pytest.raises(ValueError, match=r"policy_logprob: expected \[5\], got torch.float32 \[4\]"):
         rto_rewards(five, five, torch.zeros(4), torch.tensor([0, 5]), torch.zeros(1))
     with pytest.raises(ValueError, match=r"rewards: expected \[1\], got \[2\]"):
         rto_rewards(five, five, five, torch.tensor([0, 5]), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reward_logprob": torch.zeros(1, 5)}, r"reward_logprob: expected \[N\], got \[1, 5\]"),
+        ({"mask": torch.ones(5)}, r"mask: expected bool \[5\], got torch.float32 \[5\]"),
+        (
+            {"cu_seqlens": torch.tensor([0.0, 5.0])},
+            r"cu_seqlens: expected int32 or int64 \[S \+ 1\], got torch.float32",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 9])}, r"cu_seqlens: expected non-decreasing values from 0 to 5, got \[0, 9\]"),
+        ({"clip": -0.1}, "clip: expected a finite number of at least 0, got -0.1"),
+        ({"kl_weight": math.inf}, "kl_weight: expected a finite number of at least 0, got inf"),
+    ],
+)
+def test_bad_input_of_the_rewards_of_tokens(arguments, message):
+    five = torch.zeros(5)
+    given = {"reward_logprob": five, "reference_logprob": five, "policy_logprob": five, "rewards": torch.zeros(1)}
+    given |= {"cu_seqlens": torch.tensor([0, 5])} | arguments
+    with pytest.raises(ValueError, match=message):
+        rto_rewards(**given)

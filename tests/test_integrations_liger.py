@@ -275,6 +275,18 @@ REFUSED = [
     ("KTO", {}, {"preference_labels": torch.ones(6)}, "preference_labels"),
     ("KTO", {}, {"preference_labels": torch.ones(6) > 0, "kl": torch.zeros(6)}, "kl"),
     ("KTO", {"use_ref_model": True}, {"preference_labels": torch.ones(6) > 0, "ref_weight": None}, "ref_weight"),
+    (
+        "DPO",
+        {},
+        {"ref_weight": torch.zeros(60, 16)},
+        "ref_weight: expected 61 rows, the vocabulary of lin_weight, got 60",
+    ),
+    (
+        "KTO",
+        {"use_ref_model": True},
+        {"preference_labels": torch.ones(6) > 0, "ref_weight": torch.zeros(62, 16)},
+        "ref_weight: expected 61 rows, the vocabulary of lin_weight, got 62",
+    ),
 ]
 
 
@@ -282,6 +294,15 @@ REFUSED = [
 def test_what_is_refused(name, settings, more, match):
     with pytest.raises(ValueError, match=match):
         call(getattr(liger, f"LigerFusedLinear{name}Loss")(**settings), make_batch(), **more)
+
+
+@pytest.mark.parametrize("weight", [None, torch.zeros(60, 16)], ids=["none", "another vocabulary"])
+def test_a_reference_is_refused_before_any_work(weight):
+    for name, more in (("DPO", {}), ("KTO", {"preference_labels": torch.ones(6) > 0})):
+        loss = getattr(liger, f"LigerFusedLinear{name}Loss")(use_ref_model=True, backend="reference")
+        with FlopCounter() as counted, pytest.raises(ValueError, match="ref_weight"):
+            call(loss, make_batch(), ref_weight=weight, **more)
+        assert counted.flop == 0
 
 
 @pytest.mark.parametrize(("loss_type", "smoothings"), [("exo_pair", (0.0, 0.6, -0.1)), ("robust", (0.5, -0.1))])

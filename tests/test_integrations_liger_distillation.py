@@ -185,7 +185,31 @@ def test_the_divergence_alone(beta, ignore_index):
         (lambda: LigerFusedLinearJSD(jsd_beta=-0.1), {}, r"jsd_beta: expected a number in \[0, 1\]"),
         (lambda: LigerFusedLinearJSD(accum_dtype=torch.bfloat16), {}, "accum_dtype: expected None or torch.float32"),
         (LigerFusedLinearJSDLoss, {"true_labels": torch.zeros(5, dtype=torch.long)}, r"true_labels: expected \[23\]"),
-        (LigerFusedLinearJSDLoss, {"teacher_weight": torch.zeros(60, 24), "teacher_bias": None}, "reference_head"),
+        (
+            lambda: LigerFusedLinearJSDLoss(temperature=float("inf")),
+            {},
+            "temperature: expected a number above 0, got inf",
+        ),
+        (
+            LigerFusedLinearJSDLoss,
+            {"teacher_weight": torch.zeros(60, 24), "teacher_bias": None},
+            "teacher_weight: expected 61 rows, the student's vocabulary, or more, got 60",
+        ),
+        (
+            LigerFusedLinearJSDLoss,
+            {"teacher_weight": torch.zeros(61, 25)},
+            r"teacher_weight: expected \[V, 24\] to fit tea",
+        ),
+        (
+            LigerFusedLinearJSDLoss,
+            {"student_weight": torch.zeros(61, 15)},
+            r"student_weight: expected \[V, 16\] to fit stu",
+        ),
+        (
+            LigerFusedLinearJSDLoss,
+            {"teacher_input": torch.zeros(22, 24)},
+            r"teacher_input: expected \[23\] tokens as stude",
+        ),
         (lambda: LigerFusedLinearJSDLoss(max_workspace_mb=-1.0), {}, "max_workspace_mb"),
         (lambda: LigerFusedLinearJSDLoss(backend="abacus"), {}, "abacus"),
     ],
@@ -193,3 +217,27 @@ def test_the_divergence_alone(beta, ignore_index):
 def test_what_is_refused(make, more, match):
     with pytest.raises(ValueError, match=match):
         call(make(), make_batch() | more)
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"teacher_weight": torch.zeros(60, 24)}, "teacher_weight: expected 61 rows, the student's vocabulary, got 60"),
+        ({"teacher_weight": torch.zeros(62, 24)}, "teacher_weight: expected 61 rows, the student's vocabulary, got 62"),
+        ({"teacher_input": torch.zeros(22, 24)}, r"teacher_input: expected \[23\] tokens as student_input, got \[22\]"),
+    ],
+)
+def test_what_the_divergence_alone_refuses(more, match):
+    batch = make_batch(bias=False) | more
+    names = ("student_input", "student_weight", "teacher_input", "teacher_weight", "true_labels")
+    with FlopCounter() as counted, pytest.raises(ValueError, match=match):
+        LigerFusedLinearJSD(backend="reference")(*(batch[name] for name in names))
+    assert counted.flop == 0
+
+
+def test_no_token_at_all():
+    batch = make_batch(N=0, bias=False)
+    leaf = batch["student_weight"].requires_grad_()
+    loss = LigerFusedLinearJSD()(batch["student_input"], leaf, batch["teacher_input"], batch["teacher_weight"], None)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, leaf)[0].any()

@@ -267,11 +267,16 @@ REFUSED = [
     ({"sapo_temperature_neg": 0.0}, {}, "sapo_temperature_neg: expected a number above 0"),
     ({"temperature": 0.0}, {}, "temperature: expected a number above 0"),
     ({"use_bias_correction_kl": True, "beta": 0.0}, {}, "use_bias_correction_kl: expected False"),
-    ({"loss_type": "dr_grpo"}, {}, "max_completion_length: expected a whole number"),
+    ({"loss_type": "dr_grpo"}, {}, "max_completion_length: expected a whole number above 0 .*, got None"),
     ({"use_ref_model": False}, {}, "ref_per_token_logps, ref_input: expected None with use_ref_model=False"),
     ({}, {"ref_per_token_logps": None}, "ref_per_token_logps, ref_input: expected one of the two"),
     ({}, {"ref_input": torch.zeros(5, 8, 16)}, "ref_per_token_logps, ref_input: expected one of the two"),
     ({}, {"ref_per_token_logps": None, "ref_input": torch.zeros(5, 8, 16)}, "ref_weight: expected the head"),
+    (
+        {},
+        {"ref_per_token_logps": None, "ref_input": torch.zeros(5, 8, 16), "ref_weight": torch.zeros(60, 16)},
+        "ref_weight: expected 61 rows, the vocabulary of lin_weight, got 60",
+    ),
     ({}, {"ref_per_token_logps": torch.zeros(5)}, r"ref_per_token_logps: expected \[5, 8\], got \[5\]"),
     ({}, {"old_per_token_logps": torch.zeros(40)}, r"old_per_token_logps: expected \[5, 8\], got \[40\]"),
     ({}, {"vllm_is_ratio": torch.zeros(8)}, r"vllm_is_ratio: expected \[5\] or \[5, 1\] or \[5, 8\], got \[8\]"),
@@ -286,3 +291,49 @@ REFUSED = [
 def test_what_is_refused(settings, more, match):
     with pytest.raises(ValueError, match=match):
         call(LigerFusedLinearGRPOLoss(**settings), make_batch(), **more)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (
+            {"loss_type": "dr_grpo", "max_completion_length": 0},
+            "max_completion_length: expected a whole number above 0",
+        ),
+        ({"loss_type": "cispo", "epsilon_high": 0.0}, "epsilon_high: expected a number above 0 for loss_type='cispo'"),
+        ({"loss_type": "vespo", "vespo_k_neg": -1.0}, "vespo_k_neg: expected a number of at least 0, got -1.0"),
+        ({"beta": float("inf")}, "beta: expected a number of at least 0, got inf"),
+        ({"temperature": float("nan")}, "temperature: expected a number above 0, got nan"),
+    ],
+)
+def test_settings_are_refused_when_they_are_given(settings, match):
+    with pytest.raises(ValueError, match=match):
+        LigerFusedLinearGRPOLoss(**settings)
+
+
+def test_a_clip_below_no_ratio():
+    """1 - epsilon_low below 0 holds none, as in Liger."""
+    assert_equal(*both(make_batch(), loss_type="grpo", epsilon_low=1.5))
+
+
+def test_ratios_that_overflow_leave_all_numbers_finite():
+    """Old policy and reference 800 nats away, either side: e^800 is beyond fp64."""
+    for old, reference in ((-800.0, 800.0), (800.0, -800.0)):
+        batch = make_batch()
+        batch["old_per_token_logps"] += old
+        batch["ref_per_token_logps"] += reference
+        for settings in ({}, SEQUENCE, {"loss_type": "vespo"}):
+            loss, metrics, grads = call(LigerFusedLinearGRPOLoss(use_bias_correction_kl=True, **settings), batch)
+            assert all(value.isfinite().all() for value in (loss, *metrics, *grads.values()))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
+def test_a_mask_with_no_token(loss_type):
+    batch = make_batch()
+    for name in ("ref_per_token_logps", "old_per_token_logps"):
+        batch[name] = torch.full_like(batch[name], torch.nan)
+    loss = LigerFusedLinearGRPOLoss(loss_type=loss_type, max_completion_length=8)
+    value, metrics, grads = call(loss, batch, attention_mask=torch.zeros(5, 8))
+    assert value == 0
+    assert all(metric == 0 for metric in metrics)
+    assert not any(grad.any() for grad in grads.values())

@@ -10,6 +10,8 @@ from isdaa_kernels import (
     OBJECTIVES,
     LMHead,
     Routed,
+    SamplerCorrection,
+    group_advantages,
     linear_logprob,
     linear_policy_loss,
     linear_preference_loss,
@@ -173,13 +175,47 @@ def test_temperature_is_that_of_the_sampler():
     assert metrics["ratio/max"].item() == pytest.approx(1)
 
 
-def test_nothing_to_score():
-    batch = Batch()
-    loss, metrics = linear_policy_loss(
-        batch.hidden, batch.weight, torch.full_like(batch.targets, -100), batch.cu_seqlens, **batch.arguments
-    )
+@pytest.mark.parametrize("direction", [None, "reverse"])
+def test_nothing_to_score(direction):
+    """A mask with no token, beside all that a loss may have: sampler, divergence, entropy, monitors, a denominator of no token."""
+    batch = Batch("dapo")
+    batch.targets.fill_(-100)
+    nan = torch.full_like(batch.arguments["old_logprob"], math.nan)
+    loss, metrics = batch.fused(
+        "dapo", old_logprob=nan, sampler_logprob=nan, reference=(batch.other, batch.weight.detach()), kl_weight=0.1,
+        kl_direction=direction, kl_corrected=True, entropy_weight=0.1, monitors=("top_k_mass",), denominator=torch.tensor(0),
+        off_policy_threshold=0.1,
+    )  # fmt: skip
     assert loss == 0
     assert metrics["tokens/count"] == 0
+    assert metrics["empty_completions/count"] == 4
+    assert all(value.isfinite() for value in metrics.values())
+    assert all((grad == 0).all() for grad in torch.autograd.grad(loss, batch.leaves))
+
+
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_ratios_that_overflow_leave_the_gradients_of_states_and_head_finite(name):
+    """Log-ratios of 1e4 nats to old policy, sampler and reference, on either side, in fp32."""
+    batch = Batch(name, dtype=torch.float32)
+    by_critic = name == "oreo_critic"
+    leaves = (batch.arguments["values"].requires_grad_(),) if by_critic else batch.leaves
+    level = "token" if OBJECTIVES[name].own_correction else "sequence"
+    for sign in (1.0, -1.0):
+        far = {"old_logprob": -1e4, "sampler_logprob": -2e4, "reference_logprob": 1e4}
+        far = {n: torch.full((len(batch.targets),), sign * value) for n, value in far.items()}
+        loss, metrics = batch.fused(name, **far, kl_weight=0.1, correction=SamplerCorrection(level, "truncate", None))
+        assert loss.isfinite()
+        assert all(value.isfinite() for value in metrics.values())
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, leaves))
+
+
+def test_groups_of_one_teach_nothing():
+    """A completion alone in its group has the advantage 0: loss and gradients are 0, and the metrics say why."""
+    batch = Batch("dapo")
+    advantages = group_advantages(torch.tensor([1.0, -2.0, 0.5, 3.0]), 1)
+    loss, metrics = batch.fused("dapo", advantages=advantages)
+    assert loss == 0
+    assert metrics["advantage/zero_frac"] == 1
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, batch.leaves))
 
 
@@ -216,6 +252,49 @@ def test_bad_input(arguments, message):
     given = {"objective": "grpo", **batch.arguments, **arguments}
     with pytest.raises(ValueError, match=message):
         linear_policy_loss(batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, **given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"monitors": ("perplexity",)}, "stats: expected some of entropy"),
+        ({"monitors": ("perplexity",), "kl_direction": "reverse"}, "stats: expected some of entropy"),
+        ({"monitors": "entropy"}, "monitors: expected a sequence of names, got 'entropy'"),
+        ({"monitors": ("top_k_mass",), "top_k": 65}, "top_k: expected a whole number from 1 to 64, got 65"),
+        ({"head": torch.zeros(V, D + 1).double()}, r"hidden: expected \[..., 6\] to fit weight \[13, 6\]"),
+        ({"temperature": 0.0}, "temperature: expected a positive finite number, got 0.0"),
+        (
+            {"gradient": Routed(1e-3), "entropy_weight": 0.1},
+            "stats: expected none of entropy, mean_logit with gradient=R",
+        ),
+        (
+            {"reference": (torch.zeros(22, D), torch.zeros(V, D + 1))},
+            r"reference: expected a head \[13, 5\], got \[13, 6\]",
+        ),
+        (
+            {"reference": (torch.zeros(22, D), torch.zeros(V + 1, D))},
+            "reference: expected a head of 13 rows, the policy's",
+        ),
+        (
+            {"reference": (torch.zeros(21, D), torch.zeros(V, D))},
+            r"reference: expected hidden \[22, 'D'\], got \[21, 5\]",
+        ),
+        ({"reference": (None, torch.zeros(V, D))}, r"reference: expected hidden \[22, 'D'\], got None"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(arguments, message):
+    """No matrix product of the policy or of the reference, where the log-probs of both are to be made."""
+    batch = Batch()
+    given = {"reference": (batch.other, batch.weight), "head": batch.weight, "backend": "reference", "kl_weight": 0.1}
+    with FlopCounter() as counted, pytest.raises(ValueError, match=message):
+        linear_policy_loss(
+            hidden=batch.hidden,
+            targets=batch.targets,
+            cu_seqlens=batch.cu_seqlens,
+            **batch.arguments,
+            **{**given, **arguments},
+        )
+    assert counted.flop == 0
 
 
 def test_losses_of_pairs_refuse_those_of_tokens():

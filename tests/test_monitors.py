@@ -203,6 +203,10 @@ ONE = torch.zeros(4)
             lambda: monitors.importance_fractions(ONE, ONE, ImportanceWeight(length_exponent=0.5)),
             r"lengths: expected \[4\] for length_exponent 0.5, got None",
         ),
+        (
+            lambda: monitors.importance_fractions(ONE, ONE, None),
+            "importance: expected an ImportanceWeight, got None",
+        ),
         (lambda: monitors.effective_sample_size([0.0]), r"log_weight: expected a floating tensor, got \[0.0\]"),
     ],
 )

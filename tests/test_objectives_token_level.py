@@ -169,6 +169,15 @@ def test_divergent_tokens_refuse():
         divergent_tokens(torch.zeros(3), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="cu_seqlens: expected an even number of sequences"):
         divergent_tokens(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected non-decreasing values from 0 to 3, got \[0, 1, 2\]"):
+        divergent_tokens(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 1, 2]))
+
+
+def test_guidance_weights_refuse_numbers():
+    with pytest.raises(ValueError, match="beta: expected a finite number, got nan"):
+        guidance_weight(torch.zeros(3), torch.zeros(3, dtype=torch.bool), beta=float("nan"))
+    with pytest.raises(ValueError, match="guidance: expected a finite number, got '1'"):
+        guidance_weight(torch.zeros(3), torch.zeros(3, dtype=torch.bool), guidance="1")
 
 
 def test_steps_are_completions_of_their_own():
@@ -187,6 +196,10 @@ def test_steps_are_completions_of_their_own():
     assert_same(loss, expected, logits)
     with pytest.raises(ValueError, match=r"steps: expected integers \[N\], got torch.float32"):
         step_cu_seqlens(torch.tensor([0, 4]), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected non-decreasing values from 0 to 3, got \[0, 4\]"):
+        step_cu_seqlens(torch.tensor([0, 4]), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected int32 or int64 \[S \+ 1\], got \[0, 4\]"):
+        step_cu_seqlens([0, 4], torch.zeros(4, dtype=torch.int64))
 
 
 def test_oreo_of_steps_is_oreo_of_tokens_where_each_token_is_one():

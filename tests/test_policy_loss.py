@@ -65,6 +65,65 @@ def test_ratios_that_overflow_leave_loss_and_gradient_finite(name, extreme):
         assert all(value.isfinite() for value in metrics.values())
 
 
+@pytest.mark.parametrize("size", [60.0, 79.5, 1e4])
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_products_of_large_ratios_leave_loss_and_gradient_finite(name, size):
+    """Every one of the ratios to old policy, reference and sampler alone fits in fp32: the products of two do not."""
+    level = "token" if OBJECTIVES[name].own_correction else "sequence_mean"
+    arguments = sample_tokens(OBJECTIVES[name], log_ratio=torch.zeros(N, dtype=torch.float64))
+    old = arguments["old_logprob"] - size
+    for reference in (old + 2 * size, old - size):
+        more = {"old_logprob": old, "reference_logprob": reference, "sampler_logprob": old - size}
+        loss, grad, metrics = run(
+            name,
+            arguments | more,
+            correction=SamplerCorrection(level, "truncate", None),
+            kl_weight=0.1,
+            kl_corrected=True,
+        )
+        assert loss.isfinite()
+        assert grad.float().isfinite().all()
+        assert all(value.isfinite() for value in metrics.values())
+
+
+def test_a_corrected_divergence_is_held_where_the_product_is_too_large():
+    """Ratios e^3 and e^50 to the old policy, e^4 and e^40 to the reference: d/dlogp = e^3 (e^4 - 5) + e^3 (1 - e^4), and e^40 (1 - e^40)
+    of the divergence alone."""
+    arguments = {
+        "cu_seqlens": torch.tensor([0, 1]),
+        "advantages": torch.zeros(1),
+        "logprob": torch.tensor([-60.0]).double(),
+    }
+    for old, reference, expected, slope in (
+        (-63.0, -56.0, math.exp(3) * (math.exp(4) - 5), -4 * math.exp(3)),
+        (-110.0, -20.0, math.exp(80), -math.exp(80)),
+    ):
+        more = {"old_logprob": torch.tensor([old]), "reference_logprob": torch.tensor([reference])}
+        loss, grad, _ = run("reinforce", arguments | more, kl_weight=1.0, kl_corrected=True)
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+        assert grad.item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_a_large_power_of_the_ratio_leaves_loss_and_gradient_finite():
+    """Where no rate bounds w^k: w = e^20, k = 5."""
+    log_ratio = torch.full((N,), 30.0, dtype=torch.float64)
+    powers = {"positive_power": 5.0, "positive_rate": 0.0, "negative_power": 5.0, "negative_rate": 0.0}
+    arguments = sample_tokens(OBJECTIVES["vespo"], log_ratio=log_ratio)
+    loss, grad, _ = run("vespo", arguments, **powers)
+    assert loss.isfinite()
+    assert grad.float().isfinite().all()
+
+
+def test_a_correction_is_held_where_the_ratio_is_large_alone():
+    """Ratios e^50 and e^2, each times e^40: the first product is e^80, the second e^42."""
+    old = torch.tensor([-51.0, -3.0], dtype=torch.float64)
+    arguments = {"cu_seqlens": torch.tensor([0, 2]), "old_logprob": old, "sampler_logprob": old - 40}
+    arguments |= {"advantages": torch.tensor([-1.0]), "logprob": torch.full((2,), -1.0, dtype=torch.float64)}
+    _, grad, metrics = run("grpo", arguments, correction=SamplerCorrection("token", "truncate", None))
+    torch.testing.assert_close(grad.log(), torch.tensor([80.0, 42.0]).double() - math.log(2))
+    assert metrics["correction/max"].log().item() == pytest.approx(40)
+
+
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_what_is_not_scored_is_not_read(name):
     arguments = sample_tokens(OBJECTIVES[name])
@@ -106,15 +165,29 @@ def test_a_mask_with_no_token_gives_zeros(name):
     assert all(value.isfinite() for value in metrics.values())
 
 
+def test_a_denominator_of_no_token_on_any_rank():
+    """A step whose completions are all masked: 0 by 0 tokens; with a token, 0 is a mistake that shows."""
+    arguments = sample_tokens(OBJECTIVES["dapo"])
+    nothing = arguments | {"mask": torch.zeros_like(arguments["mask"])}
+    for denominator in (torch.tensor(0), torch.tensor(0.0), torch.zeros(1, dtype=torch.int64)):
+        loss, grad, _ = run("dapo", nothing, denominator=denominator)
+        assert loss == 0
+        assert (grad == 0).all()
+        assert not run("dapo", arguments, denominator=denominator)[0].isfinite()
+    found, expected = (run("dapo", arguments, denominator=number) for number in (torch.tensor(7), 7))
+    torch.testing.assert_close(found[:2], expected[:2])
+
+
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_no_tokens_and_no_completions_at_all(name):
     arguments = sample_tokens(OBJECTIVES[name])
     for cu_seqlens in ([0], [0, 0, 0]):
+        S = len(cu_seqlens) - 1
         empty = {n: v[:0] if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
         empty["cu_seqlens"] = torch.tensor(cu_seqlens)
         for one in ("advantages", "rewards"):
             if one in arguments:
-                empty[one] = torch.zeros(1, 0) if one == "advantages" else torch.zeros(len(cu_seqlens) - 1)
+                empty[one] = torch.zeros(S)
         loss, grad, _ = run(name, empty)
         assert loss == 0
         assert grad.shape == (0,)
@@ -301,6 +374,14 @@ def test_clip_fractions_and_ratios():
     assert metrics["reward/mean"] == 2
     metrics = policy_loss(**tensors, objective="gmpo", log_clip=0.2)[1]
     assert metrics["clip/high_frac"].item() == metrics["clip/low_frac"].item() == pytest.approx(1 / 5)
+    # the products 0.75 and 1.125, of three tokens and of two
+    means = {"gmpo": (0.75 ** (1 / 3), 1.125**0.5), "gspo": (0.75 ** (1 / 3), 1.125**0.5), "rloo": (0.75, 1.125)}
+    for name, (first, second) in means.items():
+        metrics = policy_loss(**tensors, objective=name)[1]
+        assert metrics["ratio/max"].item() == pytest.approx(second)
+        assert metrics["ratio/mean"].item() == pytest.approx((3 * first + 2 * second) / 5)
+        ess = (3 * first + 2 * second) ** 2 / (3 * first**2 + 2 * second**2)
+        assert metrics["ratio/ess"].item() == pytest.approx(ess)
     assert "clip/high_frac" not in policy_loss(**tensors, objective="sapo")[1]
 
 
@@ -335,7 +416,7 @@ def bad(message: str, name: str = "grpo", **arguments):
 
 
 N = sample_tokens(OBJECTIVES["grpo"])["logprob"].numel()
-TOKENS = torch.zeros(N)
+TOKENS, ENDS = torch.zeros(N), sample_tokens(OBJECTIVES["grpo"])["cu_seqlens"].tolist()
 BAD = [
     bad(
         rf"advantages: expected \[4\], one a completion, or \[{N}\], one a token, got \[3\]", advantages=torch.zeros(3)
@@ -349,15 +430,47 @@ BAD = [
         "old_logprob: expected a floating dtype on cpu, got torch.int64", old_logprob=torch.zeros(N, dtype=torch.int64)
     ),
     bad("old_logprob: .* on meta", old_logprob=torch.zeros(N, device="meta")),
-    bad(r"mask: expected bool \[\d+\], got torch.float32", mask=torch.ones(N)),
+    bad(rf"mask: expected bool \[{N}\] on cpu, got torch.float32", mask=torch.ones(N)),
+    bad(rf"mask: expected bool \[{N}\] on cpu, got torch.bool \[{N}, 1\]", mask=torch.ones(N, 1).bool()),
+    bad(rf"mask: expected bool \[{N}\] on cpu, got torch.bool \[{N}\] on meta", mask=TOKENS.bool().to("meta")),
+    bad("mask: expected bool .*, got 3", mask=3),
+    bad(r"logprob: expected a floating tensor \[N\] or \[1, N\], got 3", logprob=3),
+    bad(r"cu_seqlens: expected a tensor \[S \+ 1\], got 3", cu_seqlens=3),
+    bad("advantages: expected a floating dtype on cpu, got torch.bool", advantages=torch.ones(4).bool()),
     bad(r"cu_seqlens: expected non-decreasing values from 0", cu_seqlens=torch.tensor([0, 3])),
     bad(r"step_cu_seqlens: 'grpo' would ignore it", step_cu_seqlens=torch.tensor([0, N])),
+    bad(
+        rf"^step_cu_seqlens: expected non-decreasing values from 0 to {N}, got \[0, 3\]",
+        "oreo_actor",
+        step_cu_seqlens=torch.tensor([0, 3]),
+    ),
+    bad(
+        rf"step_cu_seqlens: expected a step to start where a completion does, at {ENDS[1]}, got one across it",
+        "oreo_actor",
+        step_cu_seqlens=torch.tensor([0, ENDS[1] - 1, *ENDS[2:]]),
+    ),
     bad("values: 'grpo' would ignore it", values=TOKENS),
     bad("reference_logprob: expected .* for kl_weight, got None", kl_weight=0.1),
     bad("kl_weight: expected a finite number of at least 0, got -1", kl_weight=-1),
     bad("entropy_weight: expected a finite number of at least 0, got nan", entropy_weight=math.nan),
     bad("token_kl: would be ignored without a kl_weight", token_kl=TOKENS),
+    bad(
+        "token_kl: expected one with a gradient, got a detached one",
+        logprob=TOKENS.clone().requires_grad_(),
+        token_kl=TOKENS,
+        kl_weight=0.1,
+    ),
     bad("kl_corrected: would be ignored without a kl_weight", kl_corrected=True),
+    bad("kl_corrected: expected True or False, got 'no'", kl_corrected="no", kl_weight=0.1, reference_logprob=TOKENS),
+    bad("stats: expected a VocabStats, got dict", stats={"entropy": TOKENS}),
+    bad(rf"stats.lse: expected \[{N}\] on cpu, got torch.float32 \[1\]", stats=VocabStats(lse=TOKENS[:1])),
+    bad(rf"stats.entropy: expected \[{N}\] on cpu, .* on meta", stats=VocabStats(entropy=TOKENS.to("meta"))),
+    bad(
+        "stats.entropy: expected one with a gradient for entropy_weight, got a detached one",
+        logprob=TOKENS.clone().requires_grad_(),
+        entropy_weight=0.1,
+        stats=VocabStats(entropy=TOKENS),
+    ),
     bad("stats: expected the entropy of each token for entropy_weight", entropy_weight=0.1),
     bad("sampler_logprob: expected .* for correction, got None", correction=SamplerCorrection()),
     bad("correction: expected a SamplerCorrection, got 3", correction=3, sampler_logprob=TOKENS),
@@ -399,10 +512,27 @@ def test_bad_input(name, arguments, message):
 def test_one_number_for_tokens_or_completions_is_asked_about():
     logprob = -torch.ones(3)
     with pytest.raises(
-        ValueError, match=r"advantages: \[3\] could be per token or per completion here; expected \[1, 3\]"
+        ValueError,
+        match=r"advantages: \[3\] could be per token or per completion here; expected \[1, 3\] per token or \[3, 1\]",
     ):
         policy_loss(logprob, torch.tensor([0, 1, 2, 3]), advantages=torch.ones(3))
-    policy_loss(logprob, torch.tensor([0, 1, 2, 3]), advantages=torch.ones(1, 3))
+
+
+def test_advantages_where_there_are_as_many_tokens_as_completions():
+    """Completions of two tokens, none and one: [1, N] is one a token, [S, 1] one a completion, each with its own number."""
+    arguments = {"logprob": -torch.ones(3), "cu_seqlens": torch.tensor([0, 2, 2, 3])}
+    numbers = torch.tensor([1.0, 5.0, -2.0])
+    for advantages, weights in ((numbers[None], numbers), (numbers[:, None], numbers[[0, 0, 2]])):
+        _, grad, metrics = run("reinforce", arguments | {"advantages": advantages})
+        torch.testing.assert_close(grad, -weights / 3)
+        assert metrics["advantage/mean"].item() == pytest.approx(weights.mean().item())
+    # elsewhere both mean what they say, too, and one token of one completion is both
+    four = arguments | {"logprob": -torch.ones(4), "cu_seqlens": torch.tensor([0, 2, 2, 4])}
+    torch.testing.assert_close(
+        run("reinforce", four | {"advantages": numbers[:, None]})[1], -torch.tensor([1.0, 1.0, -2.0, -2.0]) / 4
+    )
+    one = {"logprob": -torch.ones(1), "cu_seqlens": torch.tensor([0, 1]), "advantages": torch.full((1,), 3.0)}
+    assert run("reinforce", one)[1].item() == -3
 
 
 def test_log_probs_of_a_padded_batch_are_refused():

@@ -13,7 +13,8 @@ OF_TOKENS = [name for name, objective in OBJECTIVES.items() if objective.kind ==
 def on(device: torch.device, name: str, items: int = 40) -> dict:
     arguments = sample_tokens(OBJECTIVES[name], items=items)
     arguments["reference_logprob"] = arguments["old_logprob"] - 0.1
-    arguments |= {"sampler_logprob": arguments["old_logprob"] + 0.05, "kl_weight": 0.1}
+    arguments |= {"sampler_logprob": arguments["old_logprob"] + 0.05, "kl_weight": 0.1, "kl_corrected": True}
+    arguments["denominator"] = torch.tensor(57)
     return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
 
 

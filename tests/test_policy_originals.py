@@ -4,6 +4,7 @@ The trainers are made without their constructors and get log-probs that the test
 log-prob. Letters: B completions, T places of a padded one, N tokens of the packed batch, V vocabulary, D hidden size.
 """
 
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,8 +44,16 @@ class Rollout:
         """(loss, gradient by the log-probs), over the packed places."""
         logprob = self.logprob.clone().requires_grad_()
         given = {"advantages": self.advantages, "old_logprob": self.old.reshape(-1)} | arguments
-        loss, _ = policy_loss(logprob.reshape(-1), torch.arange(B + 1) * T, mask=self.mask.reshape(-1), **given)
+        cu_seqlens = torch.arange(len(logprob) + 1) * T
+        loss, _ = policy_loss(logprob.reshape(-1), cu_seqlens, mask=self.mask.reshape(-1), **given)
         return theirs(loss, logprob)
+
+    def rows(self, rows: slice) -> "Rollout":
+        """A micro-batch of it."""
+        part = copy(self)
+        for name, value in vars(self).items():
+            setattr(part, name, value[rows])
+        return part
 
 
 def ratio_of_sampler(rollout: Rollout, mode: str, largest: float | None, least: float | None) -> Tensor:
@@ -58,7 +67,12 @@ def ratio_of_sampler(rollout: Rollout, mode: str, largest: float | None, least: 
 
 
 def trl_grpo(
-    rollout: Rollout, tokens: int | None = None, sampler: Tensor | None = None, **settings
+    rollout: Rollout,
+    tokens: int | None = None,
+    sampler: Tensor | None = None,
+    processes: int = 1,
+    calls: int = 1,
+    **settings,
 ) -> tuple[Tensor, Tensor]:
     from trl import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -69,11 +83,11 @@ def trl_grpo(
     trainer = bare(
         GRPOTrainer,
         nn.Linear(1, 1),
-        args=SimpleNamespace(**values | {"steps_per_generation": 1}),
+        args=SimpleNamespace(**values | {"steps_per_generation": calls}),
         epsilon_low=values["epsilon"],
         epsilon_high=values["epsilon"] if high is None else high,
         use_vllm=sampler is not None,
-        current_gradient_accumulation_steps=1,
+        current_gradient_accumulation_steps=calls,
         _entropy_bonus_enabled=values["entropy_coef"] != 0,
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprob, rollout.entropy, None),
         **{
@@ -85,7 +99,7 @@ def trl_grpo(
         },
     )  # fmt: skip
     trainer.accelerator = SimpleNamespace(
-        num_processes=1,
+        num_processes=processes,
         gather=_same,
         reduce=_same,
         pad_across_processes=_same,
@@ -169,6 +183,28 @@ def test_every_loss_type_of_trl_is_run():
     assert named == {settings["loss_type"] for settings, _ in CASES}
 
 
+@pytest.mark.parametrize(
+    ("settings", "arguments", "denominator"),
+    [
+        ({"loss_type": "grpo"}, {"objective": "grpo"}, B),
+        ({"loss_type": "sapo"}, {"objective": "sapo"}, B),
+        ({"loss_type": "bnpo"}, {"objective": "bnpo"}, 2),
+        ({"loss_type": "dr_grpo", "max_completion_length": 32}, {"objective": "dr_grpo", "max_length": 32}, B),
+        ({"loss_type": "dapo"}, {"objective": "dapo", "clip_high": 0.2}, sum(LENGTHS)),
+        ({"loss_type": "vespo"}, {"objective": "vespo"}, sum(LENGTHS)),
+        ({"loss_type": "luspo", **SEQUENCE}, {"objective": "luspo"}, B),
+    ],
+    ids=lambda value: str(value),
+)
+def test_accumulation_of_trl(settings, arguments, denominator):
+    """A step of two micro-batches, each with its share of the loss: what the mean divides by is that of the step."""
+    rollout = Rollout()
+    for rows in (slice(0, 2), slice(2, 4)):
+        part = rollout.rows(rows)
+        expected = trl_grpo(part, tokens=sum(LENGTHS), calls=2, **settings)
+        assert_same(part.ours(denominator=denominator, **arguments), expected)
+
+
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize(
     ("settings", "arguments"), [CASES[0], CASES[5], CASES[10], CASES[16], CASES[-2]], ids=lambda value: str(value)
@@ -234,7 +270,7 @@ def test_entropy_bonus_and_mask_of_trl():
     rollout = Rollout()
     rollout.entropy.requires_grad_()
     expected = trl_grpo(rollout, entropy_coef=0.2)
-    stats = VocabStats(entropy=rollout.entropy)
+    stats = VocabStats(entropy=rollout.entropy.reshape(-1))
     assert_same(rollout.ours(objective="dapo", clip_high=0.2, entropy_weight=0.2, stats=stats), expected)
 
     rollout.entropy.requires_grad_(False)
@@ -253,6 +289,9 @@ def test_advantages_of_tokens_of_trl():
 def test_denominator_is_trls_number_of_items():
     rollout = Rollout()
     assert_same(rollout.ours(objective="dapo", clip_high=0.2, denominator=57), trl_grpo(rollout, tokens=57))
+    # processes whose gradients are averaged
+    of_four = trl_grpo(rollout, tokens=57, processes=4)
+    assert_same(rollout.ours(objective="dapo", clip_high=0.2, denominator=57 / 4), of_four)
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.2])
@@ -278,6 +317,33 @@ def test_rloo_of_trl(spread):
     }  # fmt: skip
     expected = theirs(trainer._compute_loss(trainer.model, inputs), logprob)
     assert_same(rollout.ours(objective="rloo"), expected)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_gmpo_of_trl(beta):
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+
+    rollout, values = Rollout(spread=0.6), defaults_of(GMPOConfig)
+    logprob = rollout.logprob.clone().requires_grad_()
+    trainer = bare(
+        GMPOTrainer,
+        nn.Linear(1, 1),
+        beta=beta,
+        epsilon_low=values["epsilon"],
+        epsilon_high=values["epsilon"],
+        top_entropy_quantile=1.0,
+        current_gradient_accumulation_steps=1,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprob, rollout.entropy, None),
+    )
+    trainer.accelerator = SimpleNamespace(gather=_same, reduce=_same)
+    mask = rollout.mask.long()
+    inputs = {
+        "prompt_ids": mask[:, :1], "prompt_mask": mask[:, :1], "completion_ids": mask, "completion_mask": mask,
+        "advantages": rollout.advantages, "old_per_token_logps": rollout.old, "ref_per_token_logps": rollout.reference,
+    }  # fmt: skip
+    expected = theirs(trainer._compute_loss(trainer.model, inputs), logprob)
+    more = {"reference_logprob": rollout.reference.reshape(-1), "kl_weight": beta} if beta else {}
+    assert_same(rollout.ours(objective="gmpo", log_clip=values["epsilon"], **more), expected)
 
 
 # Liger, from hidden states, in fp32

@@ -77,14 +77,21 @@ class _PreferenceLoss(nn.Module):
             hidden, head.weight, target, bias=head.bias, ignore_index=self.ignore_index, **self.kernel
         )
 
+    def _check_reference(self, hidden: Tensor | None, weight: Tensor | None, policy_weight: Tensor) -> None:
+        if not self.use_ref_model:
+            return
+        if hidden is None or weight is None:
+            raise ValueError("ref_input, ref_weight: expected both with use_ref_model=True, got None")
+        rows = len(policy_weight)
+        if len(weight) != rows:
+            raise ValueError(f"ref_weight: expected {rows} rows, the vocabulary of lin_weight, got {len(weight)}")
+
     def _reference(
         self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, target: Tensor, average: bool
     ) -> Tensor:
         """Log-prob of each row under the reference, [B]: zeros where the loss does without."""
         if not self.use_ref_model:
             return torch.zeros(len(target), dtype=torch.float64, device=target.device)
-        if hidden is None or weight is None:
-            raise ValueError("ref_input, ref_weight: expected both with use_ref_model=True, got None")
         with torch.no_grad():
             return self._row_logprob(hidden, LMHead(weight, bias), target, average)[0]
 
@@ -184,6 +191,7 @@ class LigerFusedLinearDPOLoss(_PairLoss):
             )
 
     def forward(self, lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None):
+        self._check_reference(ref_input, ref_weight, lin_weight)
         average = self.average_log_prob
         scored = self._score(LMHead(lin_weight, bias), _input, target, average)
         reference_B = self._reference(ref_input, ref_weight, ref_bias, target, average)
@@ -368,6 +376,7 @@ class LigerFusedLinearKTOLoss(_PreferenceLoss):
             raise ValueError(f"preference_labels: expected bool [{len(target)}], got {_describe(labels_B)}")
         if isinstance(kl, Tensor) and kl.numel() != 1:
             raise ValueError(f"kl: expected one number for the batch, got {list(kl.shape)}")
+        self._check_reference(ref_input, ref_weight, lin_weight)
         head = LMHead(lin_weight, bias)
         rows_B, _ = self._row_logprob(_input, head, target, average)
         ratio_B = rows_B - self._reference(ref_input, ref_weight, ref_bias, target, average)

@@ -3,6 +3,7 @@
 N tokens, D hidden size (E that of the teacher), V vocabulary.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -59,6 +60,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         teacher_bias=None,
     ):
         _check_labels("true_labels", true_labels, student_input)
+        _check_heads(student_input, student_weight, teacher_input, teacher_weight, more_rows=True)
         student, teacher = LMHead(student_weight, student_bias), LMHead(teacher_weight, teacher_bias)
         options = {"ignore_index": self.ignore_index, **self.kernel}
         settings = (teacher_input, teacher, true_labels, self.beta, self.temperature, options)
@@ -111,6 +113,7 @@ class LigerFusedLinearJSD(nn.Module):
     def forward(self, student_input, student_weight, teacher_input, teacher_weight, shift_labels):
         if shift_labels is not None:
             _check_labels("shift_labels", shift_labels, student_input)
+        _check_heads(student_input, student_weight, teacher_input, teacher_weight, more_rows=False)
         options = {"ignore_index": self.ignore_index, **self.kernel}
         student, teacher = LMHead(student_weight), LMHead(teacher_weight)
         token = _divergence(
@@ -147,7 +150,7 @@ def _divergence(
 
 
 def _mean(token: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
-    count = token.numel() if labels is None else (labels != ignore_index).sum().clamp(min=1)
+    count = max(token.numel(), 1) if labels is None else (labels != ignore_index).sum().clamp(min=1)
     return (token.sum(dtype=torch.float64) / count).float()
 
 
@@ -166,10 +169,31 @@ def _with_rows_of(teacher: LMHead, student: LMHead) -> LMHead:
 def _check_settings(name: str, beta: float, temperature: float) -> None:
     if not 0 <= beta <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {beta}")
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
 
 
 def _check_labels(name: str, labels: Tensor, hidden: Tensor) -> None:
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"{name}: expected {list(hidden.shape[:-1])} as student_input, got {list(labels.shape)}")
+
+
+def _check_heads(
+    student_input: Tensor, student_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor, more_rows: bool
+) -> None:
+    """The teacher's tokens are the student's; each head fits its hidden states; `more_rows`: the teacher may have more rows."""
+    for name, hidden, weight in (
+        ("student", student_input, student_weight),
+        ("teacher", teacher_input, teacher_weight),
+    ):
+        if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(
+                f"{name}_weight: expected [V, {hidden.shape[-1]}] to fit {name}_input, got {list(weight.shape)}"
+            )
+    if teacher_input.shape[:-1] != student_input.shape[:-1]:
+        tokens = [list(hidden.shape[:-1]) for hidden in (student_input, teacher_input)]
+        raise ValueError(f"teacher_input: expected {tokens[0]} tokens as student_input, got {tokens[1]}")
+    rows, teacher_rows = len(student_weight), len(teacher_weight)
+    if teacher_rows < rows or (teacher_rows > rows and not more_rows):
+        expected = f"{rows} rows, the student's vocabulary" + (", or more" if more_rows else "")
+        raise ValueError(f"teacher_weight: expected {expected}, got {teacher_rows}")

@@ -3,6 +3,7 @@
 B completions of T tokens, D hidden size, V vocabulary; rho = policy / old of a token, A the advantage of its completion.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ CLIPPED = {
 REDUCTIONS = {**CLIPPED, "cispo": "token_mean", "sapo": "sequence_mean", "vespo": "token_mean"}
 LEVELS = ("token", "sequence")
 LEAST_RATE = 1e-4  # of VESPO, in Liger
+MAX_EXPONENT = 80.0  # of the divergence in the metrics, as in the loss
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
@@ -44,9 +46,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     and the gradient is 0.
 
     Raises ValueError for what Liger would ignore (delta with cispo, sapo or vespo, use_bias_correction_kl without a divergence, a
-    reference without use_ref_model), for a negative beta, and for what makes Liger's luspo a mean over padding too:
-    importance_sampling_level="token", a beta, a vllm_is_ratio a token. A mask that holds other numbers than 0 and 1 raises on the CPU;
-    elsewhere it makes the loss NaN.
+    reference without use_ref_model), for a negative beta, for a ref_weight of another vocabulary, and for what makes Liger's luspo a mean
+    over padding too: importance_sampling_level="token", a beta, a vllm_is_ratio a token. A mask that holds other numbers than 0 and 1
+    raises on the CPU; elsewhere it makes the loss NaN.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         for name, value in (("ref_per_token_logps", ref_per_token_logps), ("old_per_token_logps", old_per_token_logps)):
             _check_shape(name, value, [(B, T)])
         _check_shape("vllm_is_ratio", vllm_is_ratio, [(B,), (B, 1), (B, T)])
-        self._check_reference(ref_per_token_logps, ref_input, ref_weight)
+        self._check_reference(ref_per_token_logps, ref_input, ref_weight, lin_weight)
         self._check_luspo(vllm_is_ratio)
         scored_BT, bad = _scored(attention_mask)
         targets_BT = torch.where(scored_BT, selected_token_ids, -100)
@@ -150,7 +152,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     def _objective(self) -> dict[str, object]:
         if self.loss_type in CLIPPED:
             name: str | Objective = "grpo" if self.importance_sampling_level == "token" else "gspo"
-            clip = {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high, "ratio_cap": self.delta}
+            # a ratio is never below 0: beyond 1 is as far
+            clip = {"clip_low": min(self.epsilon_low, 1.0), "clip_high": self.epsilon_high, "ratio_cap": self.delta}
             return {"objective": name, **clip}
         if self.loss_type == "cispo":
             return {"objective": "cispo", "ratio_cap": self.epsilon_high}
@@ -189,11 +192,11 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         self, policy_BT: Tensor, old_BT: Tensor, reference_BT: Tensor | None, advantages: Tensor, scored_BT: Tensor
     ) -> tuple[Tensor, ...]:
         policy_BT, count = policy_BT.double(), scored_BT.sum().clamp(min=1)
-        ratio_BT = torch.where(scored_BT, policy_BT - old_BT, 0)
+        log_ratio_BT = torch.where(scored_BT, policy_BT - old_BT, 0)
         if self.importance_sampling_level == "sequence":
-            mean_B1 = ratio_BT.sum(1, keepdim=True) / scored_BT.sum(1, keepdim=True).clamp(min=1)
-            ratio_BT = mean_B1.expand_as(ratio_BT)
-        ratio_BT, sign_B1 = ratio_BT.exp(), advantages[:, None]
+            mean_B1 = log_ratio_BT.sum(1, keepdim=True) / scored_BT.sum(1, keepdim=True).clamp(min=1)
+            log_ratio_BT = mean_B1.expand_as(log_ratio_BT)
+        ratio_BT, sign_B1 = log_ratio_BT.exp(), advantages[:, None]
         low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
         if self.loss_type == "cispo":
             low, high = -torch.inf, self.epsilon_high
@@ -205,9 +208,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             return (clip_share.float(),)
         if reference_BT is None:
             return torch.zeros_like(clip_share, dtype=torch.float32), clip_share.float()
-        gap_BT = reference_BT - policy_BT
+        gap_BT = (reference_BT - policy_BT).clamp(max=MAX_EXPONENT)
         kl_BT = torch.where(scored_BT, gap_BT.expm1() - gap_BT, 0)
-        kl_BT = kl_BT * ratio_BT if self.use_bias_correction_kl else kl_BT
+        if self.use_bias_correction_kl:  # the product is held as in the loss
+            kl_BT = kl_BT * torch.minimum(log_ratio_BT, MAX_EXPONENT - kl_BT.clamp(min=1).log()).exp()
         return (kl_BT.sum() / count).float(), clip_share.float()
 
     def _check_settings(self) -> None:
@@ -218,27 +222,48 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         _check(level == allowed, "importance_sampling_level", f"{allowed!r} with loss_type={self.loss_type!r}", level)
         for name in ("sapo_temperature_pos", "sapo_temperature_neg", "temperature"):
             value = getattr(self, name)
-            _check(value > 0, name, "a number above 0", value)
-        for name in ("beta", "epsilon_low", "epsilon_high"):
+            _check(0 < value < math.inf, name, "a number above 0", value)
+        for name in (
+            "beta",
+            "epsilon_low",
+            "epsilon_high",
+            "vespo_k_pos",
+            "vespo_lambda_pos",
+            "vespo_k_neg",
+            "vespo_lambda_neg",
+        ):
             value = getattr(self, name)
-            _check(value >= 0, name, "a number of at least 0", value)
+            _check(0 <= value < math.inf, name, "a number of at least 0", value)
+        _check(
+            self.loss_type != "cispo" or self.epsilon_high > 0,
+            "epsilon_high",
+            "a number above 0 for loss_type='cispo'",
+            0,
+        )
         _check(self.delta is None or (clipped and self.delta > 0), "delta", self._expected_delta(clipped), self.delta)
         has_kl = self._has_kl or not self.use_bias_correction_kl
         _check(has_kl, "use_bias_correction_kl", "False without a reference and a beta", True)
-        length_known = self.loss_type != "dr_grpo" or self.max_completion_length is not None
-        _check(length_known, "max_completion_length", "a whole number for loss_type='dr_grpo'", None)
+        length = self.max_completion_length
+        length_known = self.loss_type != "dr_grpo" or (isinstance(length, int) and length > 0)
+        _check(length_known, "max_completion_length", "a whole number above 0 for loss_type='dr_grpo'", length)
 
     def _expected_delta(self, clipped: bool) -> str:
         return "a number above 0, or None" if clipped else f"None, as loss_type={self.loss_type!r} would ignore it"
 
-    def _check_reference(self, logprob: Tensor | None, hidden: Tensor | None, weight: Tensor | None) -> None:
+    def _check_reference(
+        self, logprob: Tensor | None, hidden: Tensor | None, weight: Tensor | None, policy_weight: Tensor
+    ) -> None:
         names = "ref_per_token_logps, ref_input"
         given = [value is not None for value in (logprob, hidden)]
         if not self.use_ref_model:
             _check(not any(given), names, "None with use_ref_model=False", "one")
             return
         _check(sum(given) == 1, names, "one of the two with use_ref_model=True", "both" if all(given) else None)
-        _check(hidden is None or weight is not None, "ref_weight", "the head of ref_input", None)
+        if hidden is None:
+            return
+        _check(weight is not None, "ref_weight", "the head of ref_input", None)
+        rows = f"{len(policy_weight)} rows, the vocabulary of lin_weight"
+        _check(len(weight) == len(policy_weight), "ref_weight", rows, len(weight))
 
     def _check_luspo(self, ratio: Tensor | None) -> None:
         if self.loss_type == "luspo":

@@ -62,8 +62,9 @@ def dapo(
     """-min(min(rho, ratio_cap) A, clip(rho) A); [N].
 
     Decoupled clip and dynamic sampling, Yu et al. 2025 (arXiv 2503.14476), with their clip_high ("clip higher"), the mean over the scored
-    tokens of the whole step: pass their number over all micro-batches and ranks as denominator. TRL's `dapo`, its default, has clip_high
-    0.2. The gradient of a token is that of `grpo`. Not `dapo_direct`.
+    tokens of the whole step: pass their number over all micro-batches and ranks as denominator, divided by the number of ranks where
+    their gradients are averaged. TRL's `dapo`, its default, has clip_high 0.2. The gradient of a token is that of `grpo`. Not
+    `dapo_direct`.
     """
     return grpo(batch, clip_low=clip_low, clip_high=clip_high, ratio_cap=ratio_cap)
 
@@ -159,7 +160,7 @@ def rloo(batch: TokenLogprob, *, clip_low: float = 0.2, clip_high: float = 0.2) 
     return _clipped(batch, LOG_RATIOS["sequence"](batch), clip_low, clip_high, None)
 
 
-@declare("advantages", source="Zhao et al. 2025, arXiv 2507.20673", reduction="sequence_mean")
+@declare("advantages", source="Zhao et al. 2025, arXiv 2507.20673", reduction="sequence_mean", ratio="sequence_mean")
 def gmpo(batch: TokenLogprob, *, log_clip: float = 0.4) -> Tensor:
     """-A exp(mean over the completion of c), c = min(log rho, log_clip) where A > 0, max(log rho, -log_clip) elsewhere; [N].
 

@@ -107,7 +107,10 @@ _FROM_TRL = (
     "`sigmoid`."
 )
 _WITHOUT_ZERO = "TRL leaves out tokens whose id is 0."
-_GLOBAL = "Pass the number of scored tokens of the whole step, over accumulation and ranks, as denominator."
+_GLOBAL = (
+    "Pass the number of scored tokens of the whole step, over accumulation and ranks, as denominator, divided by the number of ranks where "
+    "their gradients are averaged, as TRL does."
+)
 _SAMPLER = "Give sampler_logprob."
 _SCALE = {"beta": "beta"}
 _SMOOTHED = {"beta": "beta", "label_smoothing": "label_smoothing"}

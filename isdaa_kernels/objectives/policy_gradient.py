@@ -77,7 +77,7 @@ def vespo(
     if batch.correction is not None:
         log_ratio_N = log_ratio_N + batch.correction.log().clamp(LEAST_LOG_RATIO, LARGEST_LOG_RATIO)
     log_w_N = batch.completions.total(log_ratio_N).clamp(LEAST_LOG_RATIO, LARGEST_LOG_RATIO)
-    weight_N = (power_N * log_w_N + rate_N * (1 - log_w_N.exp())).exp()
+    weight_N = bounded_exp(power_N * log_w_N + rate_N * (1 - log_w_N.exp()))
     return -weight_N * batch.advantages * batch.policy
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from isdaa_kernels.objectives.options import is_finite_number
+
 
 @dataclass(frozen=True)
 class TokenPlace:
@@ -46,6 +48,9 @@ def guidance_weight(
             raise ValueError(
                 f"{name}: expected bool {list(reward_log_ratio.shape)}, got {tensor.dtype} {list(tensor.shape)}"
             )
+    for name, value in (("beta", beta), ("guidance", guidance)):
+        if not is_finite_number(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
     shift_N = guidance * beta * reward_log_ratio.double()
     weight_N = 1 + torch.where(chosen, shift_N, -shift_N)
     return weight_N if mask is None else torch.where(mask, weight_N, 1)
@@ -75,6 +80,7 @@ def divergent_tokens(tokens: Tensor, cu_seqlens: Tensor, pairs: Tensor | None = 
     """
     if tokens.ndim != 1 or tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tokens: expected int32 or int64 [N], got {tokens.dtype} {list(tokens.shape)}")
+    _check_ends(cu_seqlens, tokens.numel())
     N, S = tokens.numel(), cu_seqlens.numel() - 1
     if pairs is None:
         if S % 2:
@@ -121,8 +127,17 @@ def step_cu_seqlens(cu_seqlens: Tensor, steps: Tensor) -> Tensor:
     """
     if steps.ndim != 1 or steps.is_floating_point() or steps.is_complex():
         raise ValueError(f"steps: expected integers [N], got {steps.dtype} {list(steps.shape)}")
+    _check_ends(cu_seqlens, steps.numel())
     changes = (steps[1:] != steps[:-1]).nonzero().flatten() + 1
     return torch.cat([cu_seqlens.long(), changes]).unique().to(cu_seqlens.dtype)
+
+
+def _check_ends(cu_seqlens: Tensor, N: int) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
+        raise ValueError(f"cu_seqlens: expected int32 or int64 [S + 1], got {cu_seqlens!r}")
+    ends = cu_seqlens.tolist()
+    if not ends or ends[0] != 0 or ends[-1] != N or ends != sorted(ends):
+        raise ValueError(f"cu_seqlens: expected non-decreasing values from 0 to {N}, got {ends}")
 
 
 def _completion(cu_seqlens: Tensor, N: int) -> Tensor:
