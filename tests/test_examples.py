@@ -55,6 +55,42 @@ def test_both_loops_do_the_same(changes):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def low_words(prompt, answer):
+    words = [int(word[1:]) for word in answer.split() if word[1:].isdigit()]
+    return sum(number < 50 for number in words) / max(len(words), 1)
+
+
+def test_grpo_learns_what_is_rewarded():
+    prompts, model = [record["prompt"] for record in make_records(4)] * 10, make_model()
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 8, "lr": 3e-3, "kl_weight": 0.01}
+    means = load("grpo_loop")(model, make_tokenizer(), prompts, low_words, **options)
+    assert len(means) == 20
+    assert sum(means[-4:]) > sum(means[:4]) + 1.2  # of at most 4
+
+
+def test_what_grpo_writes_and_rewards():
+    write = runpy.run_path(str(EXAMPLES / "grpo_loop.py"))["write"]
+    seen = []
+
+    def reward(prompt, answer):
+        seen.append((prompt, answer))
+        return len(answer)
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    batch, rewards = write(make_model(), tokenizer, ["w1 w2", "w3"], 3, 12, reward)
+    assert [prompt for prompt, _ in seen] == ["w1 w2"] * 3 + ["w3"] * 3
+    scored = batch["labels"] != -100
+    assert torch.equal(batch["labels"][scored], batch["input_ids"][scored])
+    assert scored.sum(-1).max() <= 12
+    for row, mask, (_, answer), score in zip(batch["input_ids"], scored, seen, rewards, strict=True):
+        assert tokenizer.decode(row[mask], skip_special_tokens=True) == answer
+        assert score == len(answer)
+        assert tokenizer.eos_token_id not in row[mask][:-1]
+    assert (batch["attention_mask"].bool() | ~scored).all()
+
+
 def test_the_batch():
     make_batch = runpy.run_path(str(EXAMPLES / "plain_loop.py"))["make_batch"]
     tokenizer, pair = make_tokenizer(), {"prompt": "w1 w2", "chosen": "w3", "rejected": "w4 w5 w6"}
@@ -93,6 +129,15 @@ def test_as_a_command(name, precision, tmp_path):
     lines = run(EXAMPLES / f"{name}.py", folder, pairs, *options, ACCELERATE_MIXED_PRECISION=precision).splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("1: loss 0.693")
+
+
+@pytest.mark.slow
+def test_grpo_as_a_command(tmp_path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "w1 w2"}, {"prompt": "w3"}] * 2)
+    folder = make_model_folder(tmp_path / "model")
+    options = ("--steps", 2, "--group", 2, "--max-new-tokens", 4, "--reward", "operator:eq")
+    lines = run(EXAMPLES / "grpo_loop.py", folder, prompts, *options).splitlines()
+    assert [line.split(",")[0] for line in lines] == ["1: reward 0.000", "2: reward 0.000"]
 
 
 @pytest.mark.slow
