@@ -22,6 +22,10 @@ from isdaa_kernels.testing import dense_logprob
 
 BETA = 0.1
 TRL_CHUNK = 32768  # what TRL's trainers pass
+DIVERGENCES = {
+    "reverse_kl": "reverse",
+    "jsd": "jsd",
+}  # objective -> direction of `linear_kl`, policy and reference of one head
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -31,9 +35,14 @@ class Contender:
     provider: str
     prepare: Callable[[Problem], Function]
     needs: str | None = None  # "module:attribute" that must be importable
-    objective: str | None = None  # of the pair table; "sum": minus the sum of all log-probs; None: every token's
+    objective: str | None = None  # what is made; "sum": minus the sum of all log-probs; None: every token's
     note: str = ""
     bar: float | None = None  # error it may have, where it leaves something out on purpose; None: that of its dtype
+
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether its value is one a token, and no scalar."""
+        return self.objective is None or self.objective in DIVERGENCES
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""

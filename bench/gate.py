@@ -73,6 +73,11 @@ def errors(outcome: Outcome, true: Outcome) -> dict[str, float]:
     return {n: relative_error(a, b) for n, a, b in zip(names, outcome, true, strict=True) if a is not None}
 
 
+def bar_of(contender: Contender, problem: Problem) -> float:
+    """The relative error that it may have."""
+    return contender.bar or TOLERANCE[problem.hidden_ND.dtype]
+
+
 def red(contender: Contender, problem: Problem, mode: str, outcome: Outcome, found: dict[str, float]) -> str | None:
     """The sentence that keeps a contender from being measured, or None if the gate is green."""
     expected = (
@@ -80,8 +85,8 @@ def red(contender: Contender, problem: Problem, mode: str, outcome: Outcome, fou
     )
     if found.keys() != expected:
         return f"{contender.name}: expected {sorted(expected)}, got {sorted(found)}"
-    if outcome.value.shape != (problem.targets_N.shape if contender.objective is None else ()):
+    if outcome.value.shape != (problem.targets_N.shape if contender.gives_tokens else ()):
         return f"{contender.name}: value of shape {list(outcome.value.shape)}"
-    bar = contender.bar or TOLERANCE[problem.hidden_ND.dtype]
+    bar = bar_of(contender, problem)
     wrong = [f"{name} off by {error:.1e}" for name, error in found.items() if not error <= bar]
     return f"{contender.name}: {', '.join(wrong)} (bar {bar:.0e})" if wrong else None

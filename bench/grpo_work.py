@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.contenders import LIGER, TRL, TRL_CHUNK, Outcome, room_mb
 from bench.problem import Problem, make_problem
 from bench.states import States
-from isdaa_kernels import Routed, linear_logprob, linear_policy_loss, make_vocab_order
+from isdaa_kernels import Routed, linear_policy_loss, make_vocab_order
 from isdaa_kernels.integrations.liger import LigerFusedLinearGRPOLoss
 
 CLIP, KL_WEIGHT, ENTROPY_WEIGHT = 0.2, 0.04, 0.01
@@ -71,25 +71,32 @@ class Work(Problem):
 def make_work(states: States, padding: float = 0.0, seed: int = 0) -> Work:
     """Work on as many of the states as fill completions of equal length, of which shares between 0 and twice `padding` are padding."""
     problem = make_problem(states, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
     S, T = problem.sequences, problem.length
     kept_S = (T * (1 - 2 * padding * torch.linspace(0, 1, S))).long().clamp(min=1)
     scored_ST = torch.arange(T) < kept_S[:, None]
-    targets_N = problem.targets_N.where(scored_ST.flatten(), IGNORED)
-    with torch.no_grad():
-        policy_N, reference_N = (
-            linear_logprob(hidden_ND, problem.weight_VD, targets_N)
-            for hidden_ND in (problem.hidden_ND, problem.reference_hidden_ND)
-        )
+    return add_numbers(replace(problem, targets_N=problem.targets_N.where(scored_ST.flatten(), IGNORED)), seed)
+
+
+def add_numbers(problem: Problem, seed: int = 0) -> Work:
+    """Advantages, old and reference log-probs of a problem, where it is."""
+    generator, device = torch.Generator().manual_seed(seed + 1), problem.targets_N.device
     # also the reference drifts: numbers that are given are not those that a step makes of its states, so that no contender is taken
     # for having made them
-    old_N, reference_N = (x + DRIFT * torch.randn(x.shape, generator=generator) for x in (policy_N, reference_N))
-    return Work(
-        **{**vars(problem), "targets_N": targets_N},
-        old_N=old_N,
-        reference_N=reference_N,
-        advantages_S=torch.randn(S, generator=generator),
+    old_N, reference_N = (
+        _logprob(hidden_ND, problem) + DRIFT * torch.randn(problem.tokens, generator=generator).to(device)
+        for hidden_ND in (problem.hidden_ND, problem.reference_hidden_ND)
     )
+    advantages_S = torch.randn(problem.sequences, generator=generator).to(device)
+    return Work(**vars(problem), old_N=old_N, reference_N=reference_N, advantages_S=advantages_S)
+
+
+def _logprob(hidden_ND: Tensor, problem: Problem) -> Tensor:
+    """fp32 [N], 0 where there is no target; of no contender, whose faults would else be everyone's."""
+    parts = []
+    for hidden_nD, targets_n in zip(hidden_ND.split(CHUNK), problem.targets_N.split(CHUNK), strict=True):
+        log_p = (hidden_nD @ problem.weight_VD.T).float().log_softmax(-1)
+        parts.append(log_p.gather(-1, targets_n.clamp(min=0)[:, None])[:, 0].where(targets_n != IGNORED, 0))
+    return torch.cat(parts)
 
 
 class Case(NamedTuple):
@@ -138,13 +145,14 @@ def dense_part(
     other_VD: Tensor,
     part: slice = slice(None),
 ) -> tuple[Tensor, Tensor | None]:
-    """The share of some tokens in (loss, mean entropy)."""
+    """The share of some tokens in (loss, mean entropy). Logits as the product rounds them, the rest in fp32 or fp64."""
     targets_n1 = work.targets_N[part].clamp(min=0)[:, None]
-    log_p = (hidden_nD @ weight_VD.T).log_softmax(-1)
+    dtype = torch.promote_types(hidden_nD.dtype, torch.float32)
+    log_p = (hidden_nD @ weight_VD.T).to(dtype).log_softmax(-1)
     terms, entropy = {}, None
     if case.reference_forward or case.full_kl:
         with torch.no_grad():
-            log_q = (other_nD @ other_VD.T).log_softmax(-1)
+            log_q = (other_nD @ other_VD.T).to(dtype).log_softmax(-1)
         if case.reference_forward:
             terms["reference"] = log_q.gather(-1, targets_n1)[:, 0]
         else:
@@ -272,20 +280,24 @@ CONTENDERS = (
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
 
 
-def truth(work: Work, case: Case) -> Outcome:
-    """In fp64 by autograd, CHUNK tokens at a time."""
-    weight_VD, other_VD = work.weight_VD.double().requires_grad_(), work.weight_VD.double()
+def truth(work: Work, case: Case, differentiated: int | None = None) -> Outcome:
+    """In fp64 by autograd, CHUNK tokens at a time. `differentiated`: d_hidden of so many of the first tokens alone, and no d_weight."""
+    first = work.tokens if differentiated is None else differentiated
+    weight_VD = work.weight_VD.double().requires_grad_(differentiated is None)
+    other_VD = weight_VD.detach()
     work = replace(work, **{n: getattr(work, n).double() for n in ("old_N", "reference_N", "advantages_S")})
     values, d_hidden = [], []
     for start in range(0, work.tokens, CHUNK):
         part = slice(start, min(start + CHUNK, work.tokens))
-        hidden_nD = work.hidden_ND[part].double().requires_grad_()
+        hidden_nD = work.hidden_ND[part].double().requires_grad_(start < first)
         other_nD = work.reference_hidden_ND[part].double()
-        loss, entropy = dense_part(work, case, hidden_nD, weight_VD, other_nD, other_VD, part)
-        loss.backward()
+        with torch.set_grad_enabled(start < first):
+            loss, entropy = dense_part(work, case, hidden_nD, weight_VD, other_nD, other_VD, part)
+        if start < first:
+            loss.backward()
+            d_hidden.append(hidden_nD.grad)
         values.append(case.value(loss, entropy).detach())
-        d_hidden.append(hidden_nD.grad)
-    return Outcome(torch.stack(values).sum(0), torch.cat(d_hidden), weight_VD.grad)
+    return Outcome(torch.stack(values).sum(0), torch.cat(d_hidden)[:first], weight_VD.grad)
 
 
 def make_run(contender: Contender, work: Work, case: Case, mode: str) -> Callable[[], Outcome]:

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from bench import device
 from bench.contenders import Outcome
 from bench.files import write_whole
+from bench.liger_csv import MIB
 from bench.memory import bytes_of_process, peak_growth, warm_blas
 from bench.problem import Problem, make_problem
-from bench.report import MIB
 from bench.states import ROOT, load_states
 from bench.timing import Timed, Unit, measure_rounds
 from isdaa_kernels import LMHead, linear_kl
@@ -53,8 +53,9 @@ def trl(hidden_ND: Tensor, weight_VD: Tensor, problem: Problem, direction: str) 
     return ChunkedDivergenceFunction.apply(hidden_ND, weight_VD, None, *reference, beta)[0]
 
 
-def ours(hidden_ND: Tensor, weight_VD: Tensor, problem: Problem, direction: str) -> Tensor:
-    return linear_kl(hidden_ND, weight_VD, problem.reference_hidden_ND, problem.weight_VD, direction=direction)
+def ours(hidden_ND: Tensor, weight_VD: Tensor, problem: Problem, direction: str, **kernel: object) -> Tensor:
+    reference = (problem.reference_hidden_ND, problem.weight_VD)
+    return linear_kl(hidden_ND, weight_VD, *reference, direction=direction, **kernel)
 
 
 CONTENDERS: dict[str, Function] = {"dense PyTorch": dense, "TRL chunked": trl, "ours": ours}

@@ -5,7 +5,7 @@ N tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,29 +25,17 @@ from bench.contenders import (
     pytorch_fused,
     trl,
 )
+from bench.gpu import two_heads
+from bench.gpu.entry import CURVE, FIRST, FROZEN, LAST, LATE_PAIR, LONG, OTHERS, PAIR, Entry
 from bench.gpu.settings import Settings
 from bench.problem import Problem
 from isdaa_kernels import Problem as KernelProblem
 from isdaa_kernels import Routed, explain_backends, plan
+from isdaa_kernels.dispatch import refusal
+from isdaa_kernels.divergence import Divergence
 
 TIGHT_MIB, TIGHT_TOKEN_BYTES = 512, 64  # the workspace of the two-pass plan
-FIRST, OTHERS, CURVE, FROZEN = "first", "others", "curve", "frozen"
-LONG, PAIR, LATE_PAIR, LAST = "long", "pair", "late pair", "last"
 EVERYWHERE = frozenset({FIRST, OTHERS, CURVE, FROZEN})
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A contender and the groups of rows it takes part in; `max_workspace_mb` and `backend` are for its plan, where it is ours."""
-
-    contender: Contender
-    groups: frozenset[str]
-    backend: str | None = None
-    workspace_of: Callable[[int], float] | None = None  # tokens -> MiB
-
-    @property
-    def name(self) -> str:
-        return self.contender.name
 
 
 def make_contenders(settings: Settings) -> tuple[Entry, ...]:
@@ -61,24 +49,35 @@ def make_contenders(settings: Settings) -> tuple[Entry, ...]:
         *_PEERS,
         *_our_pairs(best),
         *_PAIR_PEERS,
+        *two_heads.make_entries(find_backends(settings, logprobs=False), find_backends(settings, logprobs=True)),
         *(Entry(_our(name, f"isdaa_{name}"), frozenset({FIRST, LAST}), name) for name in names[1:]),
     )
 
 
-def find_backends(settings: Settings) -> list[str]:
-    """The backends that take the first problem, the library's own choice first. Raises `NoBackend` where there is none."""
+def find_backends(settings: Settings, logprobs: bool | None = None) -> list[str]:
+    """The backends that take the first problem, the library's own choice first. Raises `NoBackend` where there is none.
+
+    logprobs: the order for divergences, with log-probs beside them or without. Those that take them stand first; "reference", which no
+    one is given in silence, stands behind those that refuse."""
     N, D, V = settings.problem_set.shapes[0]
     best = plan(N, V, D, torch.bfloat16, device=settings.device).backend
     takes = [line.split(":")[0] for line in describe_backends(settings) if line.endswith("takes it")]
-    return [best, *(name for name in takes if name != best)]
+    names = [best, *(name for name in takes if name != best)]
+    if logprobs is None:
+        return names
+    divergence = Divergence("reverse", 0.5, D, torch.bfloat16, torch.bfloat16, logprobs)
+    problem = replace(_first_problem(settings), divergence=divergence)
+    return sorted(names, key=lambda name: name == "reference" or refusal(name, problem) is not None)
 
 
 def describe_backends(settings: Settings) -> list[str]:
     """What every backend says to the first problem, a line each."""
-    shape = settings.problem_set.shapes[0]
+    return explain_backends(_first_problem(settings)).splitlines()
+
+
+def _first_problem(settings: Settings) -> KernelProblem:
     small = torch.empty(1, 1, dtype=torch.bfloat16, device=settings.device)
-    problem = replace(KernelProblem.of(small, small, 1), **shape._asdict())
-    return explain_backends(problem).splitlines()
+    return replace(KernelProblem.of(small, small, 1), **settings.problem_set.shapes[0]._asdict())
 
 
 def tight_workspace(tokens: int) -> float:

@@ -9,11 +9,13 @@ from tqdm import tqdm
 
 from bench.contenders import Outcome, make_run
 from bench.gpu.accelerator import forbid_waiting, make_stopwatch, measure_peak, release
-from bench.gpu.contenders import Entry
+from bench.gpu.entry import Entry
 from bench.gpu.lab import DTYPE, Lab
 from bench.gpu.tasks import BITWISE, CHECKS, FROZEN_HEAD, FULL, Task
+from bench.gpu.two_heads import DIRECTIONS
 from bench.timing import Timed, measure_rounds
 from isdaa_kernels import plan
+from isdaa_kernels.dispatch import NoBackend
 
 MEASURED, RED, DIED, MISSING, NOT_RUN = "measured", "red", "died", "missing", "not run"
 
@@ -26,6 +28,8 @@ def measure(lab: Lab, task: Task, entry: Entry) -> dict:
         return {**row, "status": MISSING, "reason": reason}
     try:
         row |= _check(lab, task, entry) if task.mode in CHECKS else _measure(lab, task, entry)
+    except NoBackend as error:
+        row |= {"status": MISSING, "reason": sentence(error)}
     except Exception as error:  # whatever a contender dies of is its result and must not cost the others theirs
         row |= {"status": DIED, "reason": sentence(error)}
     release_quietly(lab)
@@ -66,7 +70,7 @@ def _measure(lab: Lab, task: Task, entry: Entry) -> dict:
     row = {"error": errors, "plan": _plan(lab, task, entry)}
     if red is not None:
         return {**row, "status": RED, "reason": red}
-    run = make_run(entry.contender, lab.problem(task), task.mode)
+    run = make_run(entry.contender, lab.problem(task, entry.contender.objective), task.mode)
     row["error_whole"], red = lab.judge_whole(task, entry.contender, run())
     row["states"] = lab.describe_states()
     if red is not None:
@@ -90,6 +94,7 @@ def _plan(lab: Lab, task: Task, entry: Entry) -> str | None:
     N, D, V = task.shape
     workspace = None if entry.workspace_of is None else entry.workspace_of(N)
     options = {"max_workspace_mb": workspace, "device": lab.device, "backend": entry.backend}
+    options["direction"] = DIRECTIONS.get(entry.contender.objective)
     return str(plan(N, V, D, DTYPE, frozen_head=task.case == FROZEN_HEAD, **options))
 
 
@@ -98,7 +103,7 @@ def _check(lab: Lab, task: Task, entry: Entry) -> dict:
     errors, red = lab.judge(replace(task, mode=FULL), entry.contender)
     if red is not None:
         return {"error": errors, "status": RED, "reason": red}
-    run = make_run(entry.contender, lab.problem(task), FULL)
+    run = make_run(entry.contender, lab.problem(task, entry.contender.objective), FULL)
     if task.mode == BITWISE:
         return {"ok": _same(run(), run()), "status": MEASURED}
     if lab.device.type != "cuda":

@@ -3,7 +3,20 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.gpu.contenders import CURVE, FIRST, FROZEN, LAST, LATE_PAIR, LONG, OTHERS, PAIR, Entry
+from bench.gpu.entry import (
+    CURVE,
+    DIVERGENCE,
+    FIRST,
+    FROZEN,
+    LAST,
+    LATE_PAIR,
+    LATE_STEP,
+    LONG,
+    OTHERS,
+    PAIR,
+    STEP,
+    Entry,
+)
 from bench.gpu.settings import ProblemSet, Shape
 
 ORDINARY, FROZEN_HEAD = "ordinary", "frozen head"
@@ -29,7 +42,7 @@ class Task:
 def make_tasks(problems: ProblemSet, entries: Sequence[Entry]) -> list[Task]:
     """Each row once, at its first place."""
     first, *others = problems.shapes
-    groups = (FIRST, OTHERS, CURVE, FROZEN, LONG, PAIR, LATE_PAIR, LAST)
+    groups = (FIRST, OTHERS, CURVE, FROZEN, LONG, PAIR, LATE_PAIR, DIVERGENCE, STEP, LATE_STEP, LAST)
     members = {group: [entry for entry in entries if group in entry.groups] for group in groups}
     tasks = _both(first, members[FIRST])
     tasks += _each(first, members[FROZEN][:1], (FULL,), FROZEN_HEAD)
@@ -37,9 +50,14 @@ def make_tasks(problems: ProblemSet, entries: Sequence[Entry]) -> list[Task]:
     tasks += _each(problems.long, _own(members[LONG]), (FULL,))
     tasks += _each(problems.pair, members[PAIR], (FULL,))
     tasks += _each(first, members[FROZEN][1:], (FULL,), FROZEN_HEAD)
+    tasks += _both(first, members[DIVERGENCE])
+    tasks += _each(first, _own(members[DIVERGENCE]), CHECKS)
+    tasks += _each(first, members[STEP], (FULL,))
     for shape in others:
         tasks += _both(shape, members[OTHERS])
+    tasks += _each(problems.shapes[-1], members[DIVERGENCE], (FULL,))
     tasks += _each(problems.pair, members[LATE_PAIR], (FULL,))
+    tasks += _each(first, members[LATE_STEP], (FULL,))
     for tokens in problems.curve:
         tasks += _each(first._replace(N=tokens), members[CURVE], (FULL,))
     tasks += _each(problems.long, members[LONG], (FULL,))

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 
 from bench.device import describe_versions
 from bench.gpu.accelerator import describe_accelerator, is_alive
-from bench.gpu.contenders import Entry, describe_backends
+from bench.gpu.contenders import describe_backends
+from bench.gpu.entry import Entry
 from bench.gpu.lab import Lab
 from bench.gpu.measure import DIED, measure
 from bench.gpu.settings import Settings
