@@ -6,7 +6,9 @@ import time
 import torch
 
 from bench.contenders import Contender, dense, ours, ours_preference
-from bench.gpu.contenders import CURVE, FIRST, FROZEN, LONG, PAIR, Entry, tight_workspace
+from bench.gpu.contenders import tight_workspace
+from bench.gpu.entry import CURVE, DIVERGENCE, FIRST, FROZEN, LONG, PAIR, Entry
+from bench.gpu.two_heads import make_entries
 from isdaa_kernels.testing import dense_logprob
 
 
@@ -69,6 +71,7 @@ def make_contenders(settings) -> tuple[Entry, ...]:
         Entry(
             Contender("ours (reference)", "isdaa_reference", ours(backend="reference")), frozenset({FIRST}), "reference"
         ),
+        *(entry for entry in make_entries(("cpu", "cuda"), ("cpu",)) if entry.backend and DIVERGENCE in entry.groups),
         Entry(
             Contender("ours (cpu) IS-DPO", "isdaa", ours_preference("is_dpo", backend="cpu"), None, "is_dpo"),
             frozenset({PAIR}),

@@ -15,18 +15,20 @@ import gpu_report_fakes
 import pytest
 import torch
 
-from bench import gate
+from bench import gate, grpo_work
 from bench.contenders import Contender, make_run
 from bench.files import write_whole
 from bench.gpu import device_tests, sharp, targets
 from bench.gpu.accelerator import is_alive, make_stopwatch, measure_peak
-from bench.gpu.contenders import FIRST, Entry, find_backends, make_contenders
+from bench.gpu.contenders import find_backends, make_contenders
+from bench.gpu.entry import FIRST, Entry
 from bench.gpu.journal import OUT_OF_TIME, Journal, finite
 from bench.gpu.lab import Lab
 from bench.gpu.markdown import curve_points, render
 from bench.gpu.measure import DIED, MEASURED, MISSING, NOT_RUN, RED, describe, measure, never_waits
 from bench.gpu.picture import bar_rows, draw
 from bench.gpu.report import write_report
+from bench.gpu.sections import LOGPROBS, logprob_sections, two_model_sections
 from bench.gpu.settings import PROBLEM_SETS, Settings, Shape
 from bench.gpu.supervise import Supervisor
 from bench.gpu.tasks import BITWISE, FORWARD, FROZEN_HEAD, FULL, NO_WAIT, Task, make_tasks
@@ -35,6 +37,7 @@ from bench.gpu_report import main
 from bench.liger_csv import CSV_COLUMNS
 from bench.states import ROOT
 from bench.timing import Unit
+from isdaa_kernels import linear_kl, linear_policy_loss
 
 CPU = torch.device("cpu")
 TINY = Settings("cpu", "tiny", repeats=2, gate_tokens=32)
@@ -185,6 +188,118 @@ def test_the_pair_has_log_ratios_of_about_one(lab: Lab):
     assert (problem.sequences, problem.cu_seqlens().tolist()) == (2, [0, 32, 64])
 
 
+# ---- two models
+
+REAL = {entry.name: entry for entry in make_contenders(TINY)}
+OF_TWO = [name for name, entry in REAL.items() if entry.contender.objective in ("reverse_kl", "jsd", "grpo_kl", "grpo")]
+
+
+def of_two(lab: Lab, name: str, mode: str = FULL) -> dict:
+    return measure(lab, Task(FIRST_SHAPE, name, mode), REAL[name])
+
+
+# Liger compiles: its row is a slow test of its own. Triton is interpreted where the environment asks for it.
+@pytest.mark.parametrize("name", [n for n in OF_TWO if not n.startswith(("Liger", "ours (triton)", "ours (cuda)"))])
+def test_rows_of_two_models_are_right(lab: Lab, name: str):
+    row = of_two(lab, name)
+    assert row["status"] == MEASURED, row["reason"]
+    bar = {"dense PyTorch reverse KL": 0.15}.get(name, 4e-3 if name.startswith("ours") or "GRPO" not in name else 5e-2)
+    for errors in row["error"].values():
+        assert set(errors) == {"value", "d_hidden", "d_weight"}
+        assert all(error <= bar for error in errors.values())
+    assert set(row["error_whole"]) == {"value", "d_hidden"}
+    assert (row["plan"] is None) == (not name.startswith("ours"))
+
+
+@pytest.mark.slow
+def test_liger_takes_the_same_step(lab: Lab):
+    row = of_two(lab, "Liger GRPO, k3")
+    assert row["status"] == MEASURED, row["reason"]
+
+
+def _other_direction(problem):
+    """The rounded peer's bar is the widest."""
+
+    def function(hidden, weight):
+        log_p = (hidden @ weight.T).float().log_softmax(-1)
+        log_q = (problem.reference_hidden_ND @ problem.weight_VD.T).float().log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    return function
+
+
+def _another_weight(problem):
+    reference = (problem.reference_hidden_ND, problem.weight_VD)
+    return lambda hidden, weight: linear_kl(hidden, weight, *reference, direction="jsd", jsd_weight=0.45)
+
+
+def _estimate(work):
+    return grpo_work.ours()(work, grpo_work.CASES["loss"])
+
+
+def _no_divergence(work):
+    given = {"advantages": work.advantages_S, "old_logprob": work.old_N}
+    return lambda hidden, weight: linear_policy_loss(hidden, weight, work.targets_N, work.cu_seqlens(), **given).loss
+
+
+def _other_advantages(work):
+    return grpo_work.trl(dataclasses.replace(work, advantages_S=work.advantages_S.flip(0)), grpo_work.CASES["loss"])
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare"),
+    [
+        ("dense PyTorch reverse KL", _other_direction),
+        ("TRL chunked JSD", _another_weight),
+        ("ours (cpu) GRPO, exact KL", _estimate),
+        ("ours (cpu) GRPO, exact KL", _no_divergence),
+        ("TRL chunked GRPO, k3", _other_advantages),
+    ],
+)
+def test_wrong_formulas_of_two_models_are_red(lab: Lab, name: str, prepare):
+    wrong = dataclasses.replace(REAL[name].contender, name=f"{name}, {prepare.__name__}", prepare=prepare)
+    errors, reason = lab.judge(Task(FIRST_SHAPE, wrong.name, FULL), wrong)
+    assert "d_hidden off by" in reason or "value off by" in reason
+    assert set(errors) == {"sharp", "random"}
+
+
+@pytest.mark.parametrize("name", ["ours (cpu) reverse KL", "ours (cpu) GRPO, exact KL"])
+def test_rows_of_two_models_are_judged_whole(lab: Lab, name: str):
+    """With the contender's own bar: what the gate sees is right, a value or gradient of the whole problem is not."""
+    task, contender = Task(FIRST_SHAPE, name, FULL), REAL[name].contender
+    outcome = make_run(contender, lab.problem(task, contender.objective), FULL)()
+    found, reason = lab.judge_whole(task, contender, outcome)
+    assert reason is None
+    assert set(found) == {"value", "d_hidden"}
+    for part in ("value", "d_hidden_ND"):
+        wrong = outcome._replace(**{part: getattr(outcome, part) * 1.02})
+        assert f"{part.removesuffix('_ND')} off by 2." in lab.judge_whole(task, contender, wrong)[1]
+
+
+def test_the_reference_is_a_little_off_and_a_step_has_numbers(lab: Lab):
+    task = Task(FIRST_SHAPE, "ours (cpu) reverse KL", FULL)
+    problem, work = lab.problem(task), lab.problem(task, "grpo")
+    gap_NV = (problem.reference_hidden_ND - problem.hidden_ND).float() @ problem.weight_VD.float().T
+    assert gap_NV.std().item() == pytest.approx(0.5, rel=0.1)
+    assert gap_NV.diagonal().mean().abs() < 0.2  # noise made of the numbers that made the head would be 4 here
+    assert 0.03 < lab.truth(task, "sharp", "reverse_kl").value.mean() < 0.3
+    assert (work.sequences, work.length) == (8, 12)
+    policy_N = gpu_report_fakes.dense_logprob(work.hidden_ND, work.weight_VD, work.targets_N)
+    assert 0.05 < (work.old_N - policy_N).abs().mean() < 0.3
+    assert work.advantages_S.tolist() == pytest.approx([-1 + 3 * s / 7 for s in range(8)])
+    few, many = (sharp.disturb(torch.zeros(N, 16), 0.5, 1) for N in (40, 1100))
+    assert torch.equal(few, many[:40])
+    assert not torch.equal(many[:40], many[1024:1064])
+
+
+@pytest.mark.parametrize("mode", [FULL, BITWISE])
+def test_a_backend_that_refuses_is_missing_with_its_sentence(lab: Lab, mode: str):
+    [entry] = [e for e in gpu_report_fakes.make_contenders(FAKES) if e.name == "ours (cuda) reverse KL"]
+    row = measure(lab, Task(FIRST_SHAPE, entry.name, mode), entry)
+    assert row["status"] == MISSING
+    assert row["reason"].startswith("NoBackend: backend 'cuda' refuses: ")
+
+
 def test_a_scalar_peer_gets_equal_coefficients(lab: Lab):
     def prepare(problem):
         return lambda hidden, weight: -gpu_report_fakes.dense_logprob(hidden, weight, problem.targets_N).sum()
@@ -223,9 +338,11 @@ def test_tasks_come_once_and_in_the_order_of_their_worth():
     tasks = make_tasks(PROBLEMS, entries)
     assert len({task.key for task in tasks}) == len(tasks)
     places = {task: place for place, task in enumerate(tasks)}
-    first = [t for t in tasks if t.shape == FIRST_SHAPE and t.case == "ordinary" and t.mode in (FULL, FORWARD)]
+    of_first = {e.name for e in entries if FIRST in e.groups}
+    ordinary = [t for t in tasks if t.shape == FIRST_SHAPE and t.case == "ordinary" and t.mode in (FULL, FORWARD)]
+    first = [t for t in ordinary if t.contender in of_first]
     assert tasks[: len(first)] == first
-    assert {t.contender for t in first} == {e.name for e in entries if FIRST in e.groups}
+    assert {t.contender for t in first} == of_first
     best = entries[0].name
     order = [
         Task(FIRST_SHAPE, best, FULL),
@@ -235,7 +352,17 @@ def test_tasks_come_once_and_in_the_order_of_their_worth():
         Task(PROBLEMS.long, best, FULL),
         Task(PROBLEMS.long, f"{best}, tight", FULL),
         Task(PROBLEMS.pair, f"{best} IS-DPO", FULL),
+        Task(FIRST_SHAPE, f"{best} reverse KL", FULL),
+        Task(FIRST_SHAPE, f"{best} reverse KL", FORWARD),
+        Task(FIRST_SHAPE, "dense PyTorch reverse KL", FORWARD),
+        Task(FIRST_SHAPE, f"{best} reverse KL", BITWISE),
+        Task(FIRST_SHAPE, f"{best} reverse KL", NO_WAIT),
+        Task(FIRST_SHAPE, f"{best} GRPO, exact KL", FULL),
+        Task(FIRST_SHAPE, "TRL chunked JSD", FULL),
+        Task(FIRST_SHAPE, f"{best} GRPO, k3", FULL),
         Task(PROBLEMS.shapes[1], best, FULL),
+        Task(PROBLEMS.shapes[1], "TRL chunked reverse KL", FULL),
+        Task(FIRST_SHAPE, "Liger GRPO, k3", FULL),
         Task(FIRST_SHAPE._replace(N=32), best, FULL),
     ]
     assert [places[task] for task in order] == sorted(places[task] for task in order)
@@ -247,9 +374,23 @@ def test_every_backend_that_takes_the_problem_is_a_contender():
     names = find_backends(TINY)
     assert names[0] == "cpu"
     assert {"cpu", "reference"} <= set(names) <= {"cpu", "reference", "triton", "cuda"}
-    providers = {entry.backend: entry.contender.provider for entry in make_contenders(TINY)[::-1] if entry.backend}
-    assert providers == {name: "isdaa" if name == "cpu" else f"isdaa_{name}" for name in names}
-    assert len({entry.name for entry in make_contenders(TINY)}) == len(make_contenders(TINY))
+    entries = make_contenders(TINY)
+    expected = {name: "isdaa" if name == "cpu" else f"isdaa_{name}" for name in names}
+    for objective in (None, "reverse_kl"):
+        own = [entry for entry in entries[::-1] if entry.backend and entry.contender.objective == objective]
+        assert {entry.backend: entry.contender.provider for entry in own} == expected
+    assert len({entry.name for entry in entries}) == len(entries)
+
+
+def test_backends_that_take_a_divergence_stand_first_but_for_reference(monkeypatch):
+    names, refusals = ("cuda", "triton", "reference"), {"cuda": "no"}
+    monkeypatch.setattr("bench.gpu.contenders.plan", lambda *_, **__: mock.Mock(backend="cuda"))
+    monkeypatch.setattr("bench.gpu.contenders.describe_backends", lambda _: [f"{name}: takes it" for name in names])
+    monkeypatch.setattr("bench.gpu.contenders.refusal", lambda name, problem: refusals.get(name))
+    assert find_backends(TINY) == ["cuda", "triton", "reference"]
+    assert find_backends(TINY, logprobs=True) == ["triton", "cuda", "reference"]
+    refusals["triton"] = "no"
+    assert find_backends(TINY, logprobs=True) == ["cuda", "triton", "reference"]
 
 
 def test_the_worker_stops_at_the_deadline():
@@ -302,12 +443,14 @@ def test_a_whole_run_with_contenders_that_go_wrong(tmp_path, fakes_on_path, caps
     assert "- wrong: wrong: value off by" in text
     assert "- absent: ModuleNotFoundError: No module named 'no_such_package'" in text
     assert "| faster than dense | " in text
+    assert f"## Reverse KL of two models, {FIRST_SHAPE}" in text
+    assert "- ours (cuda) reverse KL: NoBackend: backend 'cuda' refuses: " in text
     with open(tmp_path / "liger.csv") as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == list(CSV_COLUMNS)
     assert {(line["metric_name"], line["metric_unit"]) for line in lines} == {("speed", "ms"), ("memory", "MB")}
     assert {line["kernel_provider"] for line in lines} == {"isdaa", "isdaa_reference", "isdaa_tight", "torch"}
-    assert "two runs agree in every bit | yes" in capsys.readouterr().out
+    assert "two runs agree in every bit | yes: ours (cpu), ours (cpu) reverse KL" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -492,6 +635,11 @@ def test_nothing_measured_meets_nothing():
         (made_up("ours", "isdaa", extra_bytes=512 * MIB), "peak memory", True),
         (made_up("ours", "isdaa", extra_bytes=512 * MIB + 1), "peak memory", False),
         (made_up("ours", "isdaa", FULL_PROBLEMS.shapes[1], extra_bytes=600 * MIB), "peak memory", None),
+        (made_up("ours", "isdaa", objective="reverse_kl", units=9), "forward and backward: at most 4.6", None),
+        (made_up("ours", "isdaa", objective="reverse_kl", extra_bytes=1024 * MIB), "reverse KL, peak memory", True),
+        (made_up("ours", "isdaa", objective="reverse_kl", extra_bytes=1024 * MIB + 1), "reverse KL, peak", False),
+        (made_up("ours", "isdaa", objective="jsd", extra_bytes=1), "reverse KL, peak memory", None),
+        (made_up("ours", "isdaa", extra_bytes=1), "reverse KL, peak memory", None),
         (made_up("ours", "isdaa", mode=BITWISE, ok=True), "two runs agree", True),
         (made_up("ours", "isdaa", mode=BITWISE, ok=False), "two runs agree", False),
         (made_up("ours", "isdaa", mode=NO_WAIT, ok=False, reason="it waits"), "forward and backward never wait", False),
@@ -513,6 +661,34 @@ def test_the_long_run_has_two_ways_to_meet_its_target(mib: int, units: float, me
     assert only(verdicts([row]), str(FULL_PROBLEMS.long)) is met
     hopeless = made_up("ours, tight", "isdaa_tight", FULL_PROBLEMS.long, units=9, extra_bytes=1)
     assert only(verdicts([hopeless, row]), str(FULL_PROBLEMS.long)) is met
+
+
+def test_the_divergence_is_faster_than_both_peers():
+    def found(trl: float | None, dense: float | None) -> dict:
+        rows = [made_up("ours", "isdaa", objective="reverse_kl", units=6), made_up("other", "trl", units=1)]
+        for provider, units in (("trl", trl), ("torch", dense)):
+            rows += [made_up(provider, provider, objective="reverse_kl", units=units)] if units else []
+        rows += [made_up("trl", "trl", mode=FORWARD, objective="reverse_kl", units=1)]
+        told = targets.judge_targets(rows, FULL_PROBLEMS, None)
+        return next(t for t in told if t["target"].startswith("reverse KL, forward and backward"))
+
+    assert (found(12, 8)["met"], found(12, 8)["measured"]) == (
+        True,
+        "0.50 of the time of trl, 0.75 of the time of torch",
+    )
+    assert [found(*units)["met"] for units in ((12, 6), (5, None), (12, None), (None, None))] == [
+        False,
+        False,
+        None,
+        None,
+    ]
+
+
+def test_one_check_that_fails_is_named():
+    rows = [made_up("ours", "isdaa", mode=BITWISE, ok=True)]
+    rows += [made_up("ours reverse KL", "isdaa", mode=BITWISE, ok=False, objective="reverse_kl")]
+    told = next(t for t in targets.judge_targets(rows, FULL_PROBLEMS, None) if t["target"].startswith("two runs"))
+    assert (told["met"], told["measured"]) == (False, "no: ours reverse KL, they differ")
 
 
 def test_one_slower_row_is_enough_to_be_slower_than_a_peer():
@@ -546,7 +722,8 @@ def test_errors_are_judged_against_dense_fp32():
     dense = made_up("dense fp32", "torch_fp32")
     for factor, met in ((1.49, True), (1.6, False)):
         errors = {kind: {part: e * factor for part, e in found.items()} for kind, found in dense["error"].items()}
-        assert only(verdicts([dense, made_up("ours", "isdaa", error=errors)]), "errors") is met
+        divergence = made_up("ours reverse KL", "isdaa", objective="reverse_kl")  # of an error that is not judged here
+        assert only(verdicts([dense, made_up("ours", "isdaa", error=errors), divergence]), "errors") is met
 
 
 def made_up_results() -> dict:
@@ -568,6 +745,11 @@ def made_up_results() -> dict:
             extra = (place + 1) * 200 * MIB if provider != "torch" else tokens * MAIN.V * 12
             more = {"seconds": units * tokens / 800000, "unit_seconds": tokens / 800000, "extra_bytes": extra}
             rows += [made_up(name, provider, MAIN._replace(N=tokens), units=units, **more)] if tokens != MAIN.N else []
+    for objective, units in (("reverse_kl", 6.5), ("jsd", 7), ("grpo_kl", 6.6), ("grpo", 4.4)):
+        for name, provider, factor in (("ours (triton)", "isdaa", 1), ("TRL chunked", "trl", 1.6)):
+            more = {"objective": objective, "units": units * factor, "extra_bytes": 900 * MIB}
+            rows += [made_up(f"{name} {objective}", provider, **more)]
+    rows += [made_up("ours (triton) reverse_kl", "isdaa", FULL_PROBLEMS.shapes[-1], objective="reverse_kl")]
     rows += [
         made_up(
             "dense PyTorch DPO", "torch", FULL_PROBLEMS.pair, status=DIED, reason="OutOfMemoryError: no", mode=FORWARD
@@ -598,6 +780,17 @@ def test_the_report_of_made_up_figures():
     assert line in text
     assert "| CCE exact, frozen head |  | 6.90 |" in text
     assert f"- dense PyTorch DPO: OutOfMemoryError: no ({FULL_PROBLEMS.pair}, ordinary, forward)" in text
+    for section in two_model_sections(FULL_PROBLEMS):
+        part = text.split(f"## {section.title}\n")[1].split("\n## ")[0]
+        assert "Measured: " in part
+        [objective] = section.objectives
+        lines = [line for line in part.splitlines() if line.startswith(("| ours", "| TRL"))]
+        others = section.shape != MAIN
+        assert [line.split(" | ")[0] for line in lines] == [
+            f"| {name} {objective}" for name in ("ours (triton)", "TRL chunked")[: 1 if others else 2]
+        ]
+    of_first = text.split("(tokens x hidden size x vocabulary)")[1]
+    assert "reverse_kl" not in of_first
     assert "This run was cut short" not in text
     assert "This run was cut short" in render({**results, "finished": False})
 
@@ -606,10 +799,12 @@ def test_the_pictures_of_made_up_figures():
     results = made_up_results()
     pictures = draw(results)
     assert {name: data[:4] for name, data in pictures.items()} == {"time.png": b"\x89PNG", "memory.png": b"\x89PNG"}
-    bars = bar_rows(results["rows"], MAIN)
+    bars = bar_rows(logprob_sections(FULL_PROBLEMS)[0].select(results["rows"]))
     assert [row["title"] for row in bars[:2]] == ["ours (triton)", "ours (triton), frozen head"]
     assert list(bars[0]["modes"]) == [FORWARD, FULL]
-    points = curve_points(results["rows"], FULL_PROBLEMS)
+    assert {row["objective"] for row in logprob_sections(FULL_PROBLEMS)[0].select(results["rows"])} <= set(LOGPROBS)
+    points = curve_points([*results["rows"], made_up("x", "x", objective="jsd")], FULL_PROBLEMS)
+    assert set(points) == {"ours (triton)", "TRL chunked", "CCE exact", "dense PyTorch"}
     assert sorted(points["TRL chunked"]) == list(FULL_PROBLEMS.curve)
     assert draw({**results, "rows": []})["time.png"].startswith(b"\x89PNG")
 

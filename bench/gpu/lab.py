@@ -13,7 +13,15 @@ from bench import gate, grpo_work, linear_kl
 from bench.contenders import DIVERGENCES, Contender, Outcome, make_run
 from bench.gpu.accelerator import release
 from bench.gpu.settings import Settings, Shape
-from bench.gpu.sharp import SharpStates, find_lift, make_random_states, make_sharp_states, make_upstream, make_weight
+from bench.gpu.sharp import (
+    SharpStates,
+    disturb,
+    find_lift,
+    make_random_states,
+    make_sharp_states,
+    make_upstream,
+    make_weight,
+)
 from bench.gpu.tasks import FROZEN_HEAD, FULL, Task
 from bench.gpu.two_heads import STEPS
 from bench.problem import Problem
@@ -183,12 +191,14 @@ class Lab:
         """The reference's states are a little off: those of a preference pair so that the log-ratio of a sequence is about 1."""
         sequences = sequences or (2 if shape == self.settings.problem_set.pair else 1)
         upstream_N = make_upstream(shape.N, self.device, self.settings.seed)
-        reference_ND = _disturb(hidden_ND, (2 / shape.N) ** 0.5 if sequences == 2 else DRIFT, self.settings.seed)
+        reference_ND = disturb(hidden_ND, (2 / shape.N) ** 0.5 if sequences == 2 else DRIFT, self.settings.seed)
         return Problem(hidden_ND, weight_VD, targets_N, upstream_N, reference_ND, sequences)
 
     def _complete(self, problem: Problem) -> Problem:
-        """The same tokens as COMPLETIONS of equal length, with what a GRPO step is given beside them."""
-        return grpo_work.add_numbers(replace(problem, sequences=COMPLETIONS), self.settings.seed)
+        """The same tokens as COMPLETIONS of equal length, with what a GRPO step is given beside them. The advantages have both signs and
+        no mean near 0: a loss near 0 would make much of little errors."""
+        work = grpo_work.add_numbers(replace(problem, sequences=COMPLETIONS), self.settings.seed)
+        return replace(work, advantages_S=torch.linspace(-1, 2, COMPLETIONS, device=self.device))
 
 
 def _truth(problem: Problem, objective: str | None) -> Outcome:
@@ -197,13 +207,3 @@ def _truth(problem: Problem, objective: str | None) -> Outcome:
     if objective in STEPS:
         return grpo_work.truth(problem, STEPS[objective])
     return gate.truth(problem, objective, _TRUTH_CHUNK)
-
-
-def _disturb(hidden_ND: Tensor, scale: float, seed: int, rows: int = 4096) -> Tensor:
-    """Noise of this standard deviation, which is also that of the logits it makes: rows of the head have length 1."""
-    random = torch.Generator(hidden_ND.device).manual_seed(seed)
-    out_ND = torch.empty_like(hidden_ND)
-    for part_nD, out_nD in zip(hidden_ND.split(rows), out_ND.split(rows), strict=True):
-        noise_nD = torch.randn(part_nD.shape, generator=random, device=part_nD.device)
-        out_nD.copy_(part_nD + noise_nD * scale)
-    return out_ND

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from bench.gpu import sharp
 from bench.gpu.measure import DIED, MEASURED, MISSING, RED
+from bench.gpu.sections import LOGPROBS, Section, logprob_sections, pair_section, two_model_sections
 from bench.gpu.settings import PROBLEM_SETS, ProblemSet, Shape
 from bench.gpu.tasks import BITWISE, CHECKS, FORWARD, FROZEN_HEAD, FULL, NO_WAIT, ORDINARY
 
@@ -27,7 +28,7 @@ between events of the device; ratio of medians of n runs after two to warm up. T
 backward, or to the forward where there is nothing else. MiB: peak of what the allocator gave out beyond inputs, output and gradients.
 Errors: relative Frobenius norm against fp64 on the first {tokens} tokens under the whole vocabulary, sharp states / random states.
 Timed are the sharp states. Nobody is timed whose values or gradients are wrong there, or on the whole problem as far as that can be
-compared (log-probs and d_hidden of the first tokens, a pair's loss, everything finite)."""
+compared (log-probs, divergences and d_hidden of the first tokens, the loss of a pair or step, everything finite)."""
 
 
 def render(results: dict) -> str:
@@ -40,11 +41,9 @@ def render(results: dict) -> str:
         "",
         *READING.format(tokens=results["settings"]["gate_tokens"]).splitlines(),
     ]
-    for shape in problems.shapes:
-        lines += _problem_table(f"{shape} (tokens x hidden size x vocabulary)", _at(rows, shape))
-    pair = f"One preference pair of {problems.pair.N // 2} tokens a side, {problems.pair}, reference forward included"
-    lines += _problem_table(pair, _at(rows, problems.pair))
-    lines += _problem_table(f"Long run, {problems.long}", _at(rows, problems.long))
+    long = Section(f"Long run, {problems.long}", problems.long, LOGPROBS)
+    for section in (*logprob_sections(problems), pair_section(problems), *two_model_sections(problems), long):
+        lines += _table(section, section.select(rows))
     lines += _curve(rows, problems) + _checks(rows) + _plans(rows) + _absent(rows)
     lines += ["", "## The states", "", *(sharp.__doc__ or "").splitlines(), "", *_measured_states(rows)]
     return "\n".join([*lines, *_notes(results)]) + "\n"
@@ -86,13 +85,9 @@ def _device_tests(results: dict) -> list[str]:
     return lines
 
 
-def _at(rows: Iterable[dict], shape: Shape) -> list[dict]:
-    return [row for row in rows if tuple(row["shape"]) == shape and row["mode"] not in CHECKS]
-
-
-def _problem_table(heading: str, rows: Sequence[dict]) -> list[str]:
+def _table(section: Section, rows: Sequence[dict]) -> list[str]:
     """One line a contender and case, of its two modes."""
-    lines = ["", f"## {heading}", ""]
+    lines = ["", f"## {section.title}", "", *([*section.text.splitlines(), ""] if section.text else [])]
     units = [row["unit_seconds"] for row in rows if row["status"] == MEASURED]
     if not units:
         return [*lines, "Nothing was measured."]
@@ -153,7 +148,11 @@ def curve_points(rows: Iterable[dict], problems: ProblemSet) -> dict[str, dict[i
     for row in rows:
         shape = Shape(*row["shape"])
         on_curve = shape[1:] == first[1:] and shape.N in problems.curve and shape != problems.pair
-        if on_curve and (row["status"], row["mode"], row["case"]) == (MEASURED, FULL, ORDINARY):
+        if (
+            on_curve
+            and row["objective"] in LOGPROBS
+            and (row["status"], row["mode"], row["case"]) == (MEASURED, FULL, ORDINARY)
+        ):
             points.setdefault(row["contender"], {})[shape.N] = row
     return {name: found for name, found in points.items() if len(found) > 1}
 

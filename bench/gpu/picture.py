@@ -1,4 +1,4 @@
-"""time.png and memory.png: bars of the first problem and of the preference pair, and a curve against tokens. Needs matplotlib."""
+"""time.png and memory.png: bars of the first problem, the preference pair and two models, a curve against tokens. Needs matplotlib."""
 
 import matplotlib
 
@@ -11,8 +11,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.gpu.markdown import curve_points
 from bench.gpu.measure import MEASURED
+from bench.gpu.sections import LOGPROBS, PAIRS, Section, two_model_sections
 from bench.gpu.settings import PROBLEM_SETS, Shape
-from bench.gpu.tasks import CHECKS, FORWARD, FULL, ORDINARY
+from bench.gpu.tasks import FORWARD, FULL, ORDINARY
 from bench.picture import draw_memory, draw_time, to_png
 
 MIB = 1 << 20
@@ -28,8 +29,10 @@ def draw(results: dict) -> dict[str, bytes]:
 def _draw(results: dict, kind: str) -> bytes:
     problems = PROBLEM_SETS[results["settings"]["problems"]]
     first, pair = problems.shapes[0], problems.pair
-    panels = [(f"Log-probs, {first}", bar_rows(results["rows"], first))]
-    panels += [(f"A pair of {pair.N // 2} tokens a side, reference forward included", bar_rows(results["rows"], pair))]
+    sections = [Section(f"Log-probs, {first}", first, LOGPROBS)]
+    sections += [Section(f"A pair of {pair.N // 2} tokens a side, reference forward included", pair, PAIRS)]
+    sections += two_model_sections(problems)
+    panels = [(section.title, bar_rows(section.select(results["rows"]))) for section in sections]
     panels = [(title, rows) for title, rows in panels if rows]
     heights = [len(rows) + 1.8 for _, rows in panels] or [4]
     figure = pyplot.figure(figsize=(14, max(5.5, 1.4 + 0.42 * sum(heights))), layout="constrained")
@@ -42,11 +45,11 @@ def _draw(results: dict, kind: str) -> bytes:
     return to_png(figure)
 
 
-def bar_rows(rows: Iterable[dict], shape: Shape) -> list[dict]:
+def bar_rows(rows: Iterable[dict]) -> list[dict]:
     """Both modes of a contender and case as one row, forward first, in the form that `bench.picture` draws."""
     found: dict[tuple, dict] = {}
     for row in rows:
-        if tuple(row["shape"]) != shape or row["status"] != MEASURED or row["mode"] in CHECKS:
+        if row["status"] != MEASURED:
             continue
         title = row["contender"] + ("" if row["case"] == ORDINARY else f", {row['case']}")
         found.setdefault(title, {"title": title, "provider": row["provider"], "modes": {}})["modes"][row["mode"]] = row

@@ -35,6 +35,18 @@ def make_upstream(N: int, device: torch.device, seed: int) -> Tensor:
     return torch.cat(chunks)[:N]
 
 
+def disturb(hidden_ND: Tensor, scale: float, seed: int) -> Tensor:
+    """With noise of this standard deviation, which is also that of the logits it makes: the rows of the head have length 1."""
+    out_ND = torch.empty_like(hidden_ND)
+    for start in range(0, hidden_ND.shape[0], CHUNK):
+        noise_nD = torch.randn(
+            CHUNK, hidden_ND.shape[1], generator=_generator(hidden_ND.device, seed, 4, start), device=hidden_ND.device
+        )
+        rows_nD = hidden_ND[start : start + CHUNK]
+        out_ND[start : start + CHUNK] = rows_nD + noise_nD[: len(rows_nD)] * scale
+    return out_ND
+
+
 @dataclass(frozen=True)
 class SharpStates:
     hidden_ND: Tensor
