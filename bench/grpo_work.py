@@ -22,7 +22,9 @@ from isdaa_kernels import Routed, linear_policy_loss, make_vocab_order
 from isdaa_kernels.integrations.liger import LigerFusedLinearGRPOLoss
 
 CLIP, KL_WEIGHT, ENTROPY_WEIGHT = 0.2, 0.04, 0.01
-DRIFT = 0.15  # standard deviation of log policy - log old: some ratios of tokens are clipped, most are not
+DRIFT = 0.15  # standard deviation of what a given reference log-prob is off by
+# |log policy - log old|: some ratios of tokens are clipped, most are not, and none is so near the clip that rounding decides
+NEAR, FAR, FAR_SHARE = 0.05, 0.4, 0.3
 IGNORED = -100
 CHUNK = 128  # tokens of the truth at once
 
@@ -80,21 +82,26 @@ def make_work(states: States, padding: float = 0.0, seed: int = 0) -> Work:
 def add_numbers(problem: Problem, seed: int = 0) -> Work:
     """Advantages, old and reference log-probs of a problem, where it is."""
     generator, device = torch.Generator().manual_seed(seed + 1), problem.targets_N.device
+    advantages_S, sign_N, drift_N = (
+        torch.randn(size, generator=generator) for size in (problem.sequences, problem.tokens, problem.tokens)
+    )
+    far_N = torch.rand(problem.tokens, generator=generator) < FAR_SHARE
+    gap_N = torch.where(far_N, FAR, NEAR) * sign_N.sign()
     # also the reference drifts: numbers that are given are not those that a step makes of its states, so that no contender is taken
     # for having made them
-    old_N, reference_N = (
-        _logprob(hidden_ND, problem) + DRIFT * torch.randn(problem.tokens, generator=generator).to(device)
-        for hidden_ND in (problem.hidden_ND, problem.reference_hidden_ND)
+    return Work(
+        **vars(problem),
+        old_N=_logprob(problem.hidden_ND, problem) + gap_N.to(device),
+        reference_N=_logprob(problem.reference_hidden_ND, problem) + DRIFT * drift_N.to(device),
+        advantages_S=advantages_S.to(device),
     )
-    advantages_S = torch.randn(problem.sequences, generator=generator).to(device)
-    return Work(**vars(problem), old_N=old_N, reference_N=reference_N, advantages_S=advantages_S)
 
 
 def _logprob(hidden_ND: Tensor, problem: Problem) -> Tensor:
     """fp32 [N], 0 where there is no target; of no contender, whose faults would else be everyone's."""
-    parts = []
+    weight_VD, parts = problem.weight_VD.float(), []
     for hidden_nD, targets_n in zip(hidden_ND.split(CHUNK), problem.targets_N.split(CHUNK), strict=True):
-        log_p = (hidden_nD @ problem.weight_VD.T).float().log_softmax(-1)
+        log_p = (hidden_nD.float() @ weight_VD.T).log_softmax(-1)
         parts.append(log_p.gather(-1, targets_n.clamp(min=0)[:, None])[:, 0].where(targets_n != IGNORED, 0))
     return torch.cat(parts)
 

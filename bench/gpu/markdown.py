@@ -1,5 +1,6 @@
 """report.md: the targets, then every table with what is needed to read it."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from bench.gpu import sharp
@@ -87,7 +88,7 @@ def _device_tests(results: dict) -> list[str]:
 
 def _table(section: Section, rows: Sequence[dict]) -> list[str]:
     """One line a contender and case, of its two modes."""
-    lines = ["", f"## {section.title}", "", *([*section.text.splitlines(), ""] if section.text else [])]
+    lines = ["", f"## {section.title}", "", *([textwrap.fill(section.text, 140), ""] if section.text else [])]
     units = [row["unit_seconds"] for row in rows if row["status"] == MEASURED]
     if not units:
         return [*lines, "Nothing was measured."]

@@ -1,4 +1,4 @@
-"""time.png and memory.png: bars of the first problem, the preference pair and two models, a curve against tokens. Needs matplotlib."""
+"""time.png and memory.png: bars of the first problem and the preference pair, a curve against tokens, bars of two models. Needs matplotlib."""
 
 import matplotlib
 
@@ -31,18 +31,36 @@ def _draw(results: dict, kind: str) -> bytes:
     first, pair = problems.shapes[0], problems.pair
     sections = [Section(f"Log-probs, {first}", first, LOGPROBS)]
     sections += [Section(f"A pair of {pair.N // 2} tokens a side, reference forward included", pair, PAIRS)]
-    sections += two_model_sections(problems)
-    panels = [(section.title, bar_rows(section.select(results["rows"]))) for section in sections]
-    panels = [(title, rows) for title, rows in panels if rows]
-    heights = [len(rows) + 1.8 for _, rows in panels] or [4]
+    beside, below = (_panels(chosen, results["rows"]) for chosen in (sections, two_model_sections(problems)))
+    couples = [below[i : i + 2] for i in range(0, len(below), 2)]
+    heights = [_height(panel) for panel in beside] or [6]
+    curve = len(heights)
+    heights += [max(map(_height, couple)) for couple in couples]
     figure = pyplot.figure(figsize=(14, max(5.5, 1.4 + 0.42 * sum(heights))), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-    for place, (title, rows) in enumerate(panels):
-        axes = figure.add_subplot(grid[place, 0])
-        draw_time(axes, title, rows, "bf16") if kind == "time" else draw_memory(axes, rows, title)
-    _draw_curve(figure.add_subplot(grid[:, 1]), curve_points(results["rows"], problems), kind, first)
+    for place, panel in enumerate(beside):
+        _draw_bars(figure.add_subplot(grid[place, 0]), panel, kind)
+    for row, couple in enumerate(couples, start=curve):
+        for column, panel in enumerate(couple):
+            _draw_bars(figure.add_subplot(grid[row, column]), panel, kind)
+    _draw_curve(figure.add_subplot(grid[:curve, 1]), curve_points(results["rows"], problems), kind, first)
     figure.suptitle(_caption(results, kind), fontsize=11)
     return to_png(figure)
+
+
+def _panels(sections: Iterable[Section], rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
+    """Title and bars of those sections that have any."""
+    panels = [(section.title, bar_rows(section.select(rows))) for section in sections]
+    return [(title, bars) for title, bars in panels if bars]
+
+
+def _height(panel: tuple[str, list[dict]]) -> float:
+    return len(panel[1]) + 1.8
+
+
+def _draw_bars(axes: Axes, panel: tuple[str, list[dict]], kind: str) -> None:
+    title, rows = panel
+    draw_time(axes, title, rows, "bf16") if kind == "time" else draw_memory(axes, rows, title)
 
 
 def bar_rows(rows: Iterable[dict]) -> list[dict]:
