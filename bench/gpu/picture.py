@@ -1,4 +1,4 @@
-"""time.png and memory.png: bars of the first problem and the preference pair, a curve against tokens, bars of two models. Needs matplotlib."""
+"""time.png and memory.png: bars of first problem, preference pair and two models, a curve against tokens. Needs matplotlib."""
 
 import matplotlib
 

@@ -40,13 +40,12 @@ def pair_section(problems: ProblemSet) -> Section:
 def two_model_sections(problems: ProblemSet) -> list[Section]:
     """Divergences and GRPO steps."""
     first, last = problems.shapes[0], problems.shapes[-1]
-    steps = f"{COMPLETIONS} completions, {first}"
     return [
         Section(f"Reverse KL of two models, {first}", first, ("reverse_kl",), _REVERSE),
         *([Section(f"Reverse KL of two models, {last}", last, ("reverse_kl",), _REVERSE)] if last != first else []),
-        Section(f"Jensen-Shannon divergence of two models, {first}", first, ("jsd",), _JSD),
-        Section(f"Head of a GRPO step with exact KL, {steps}", first, ("grpo_kl",), _EXACT_STEP),
-        Section(f"Head of a GRPO step with k3, {steps}", first, ("grpo",), _STEP),
+        Section(f"Jensen-Shannon of two models, {first}", first, ("jsd",), _JSD),
+        Section(f"GRPO step with exact KL, {first}", first, ("grpo_kl",), _EXACT_STEP),
+        Section(f"GRPO step with k3, {first}", first, ("grpo",), _STEP),
     ]
 
 
@@ -60,8 +59,8 @@ Red is an error above {BAR:g}; above {ROUNDED_BAR:g} where logits are rounded to
 _JSD = f"""\
 Measured: the divergence of both models from their mean, weight 0.5, one number a token, and its gradients. {_MODELS} Red is an
 error above {BAR:g}."""
-_LOSS = """\
-Measured: from hidden states to the loss and its gradients. Log-probs of the policy, ratio to given old log-probs, clipped loss with an
+_LOSS = f"""\
+Measured: the head's part of a step of {COMPLETIONS} completions, from hidden states to the loss and its gradients. Log-probs of the policy, ratio to given old log-probs, clipped loss with an
 advantage for each completion,"""
 _STEP_BARS = f"Red is an error of ours above {OUR_STEP_BAR:g}; of peers, whose log-probs come of logits rounded to bf16, above 0.05."
 _EXACT_STEP = f"""\
