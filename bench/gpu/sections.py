@@ -60,8 +60,8 @@ _JSD = f"""\
 Measured: the divergence of both models from their mean, weight 0.5, one number a token, and its gradients. {_MODELS} Red is an
 error above {BAR:g}."""
 _LOSS = f"""\
-Measured: the head's part of a step of {COMPLETIONS} completions, from hidden states to the loss and its gradients. Log-probs of the policy, ratio to given old log-probs, clipped loss with an
-advantage for each completion,"""
+Measured: the head's part of a step of {COMPLETIONS} completions, from hidden states to the loss and its
+gradients. Log-probs of the policy, ratio to given old log-probs, clipped loss with an advantage for each completion,"""
 _STEP_BARS = f"Red is an error of ours above {OUR_STEP_BAR:g}; of peers, whose log-probs come of logits rounded to bf16, above 0.05."
 _EXACT_STEP = f"""\
 {_LOSS} and {KL_WEIGHT} times the exact KL(policy || reference) over the vocabulary: the products of both models. {_MODELS} {_STEP_BARS}"""
