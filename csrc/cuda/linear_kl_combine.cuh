@@ -7,6 +7,18 @@ namespace isdaa {
 
 constexpr int kKlTokens = kWarp, kKlParts = 8;  // parts: threads that share the slots of a token
 
+// One row of partial results, slot by slot: of a token.
+struct KlSlots {
+  const float* partial;
+  int64_t T, S, token;
+
+  __device__ __forceinline__ float operator()(int row, int64_t slot) const { return partial[(row * S + slot) * T + token]; }
+  // A head's exponentials, the ones apart.
+  __device__ __forceinline__ double sum(KlPartial small, int64_t slot) const {
+    return (double)(*this)(small, slot) + (double)(*this)(small + 1, slot);
+  }
+};
+
 // What a thread knows of its part of a token's slots, in units of exp(the token's max); gap and excess are about the token's center.
 struct KlSums {
   double base, other, gap, excess;
@@ -35,16 +47,17 @@ __global__ void __launch_bounds__(kKlTokens* kKlParts) linear_kl_combine_kernel(
   const int lane = lane_index(), part = warp_index();
   const int64_t i = (int64_t)blockIdx.x * kKlTokens + lane;
   const bool live = i < p.T && p.first + i < *p.count;
+  const KlSlots slots{p.partial, p.T, p.S, i};
   float base_top = kLowest, other_top = kLowest;
   int64_t largest = 0;  // slot of the base's
   if (live) {
     for (int64_t s = part; s < p.S; s += kKlParts) {
-      const float base_max = p.base_max[s * p.T + i];
+      const float base_max = slots(kBaseMax, s);
       if (base_max > base_top) {
         base_top = base_max;
         largest = s;
       }
-      other_top = larger(p.other_max[s * p.T + i], other_top);
+      other_top = larger(slots(kOtherMax, s), other_top);
     }
   }
   shared_base[part][lane] = base_top;
@@ -61,20 +74,21 @@ __global__ void __launch_bounds__(kKlTokens* kKlParts) linear_kl_combine_kernel(
     other_top = larger(shared_other[q][lane], other_top);
   }
   const double base_shift = base_top == kLowest ? 0.0 : (double)base_top, other_shift = other_top == kLowest ? 0.0 : (double)other_top;
-  const double center = kDivergence && live ? (double)p.center[largest * p.T + i] : 0.0;
+  const double center = kDivergence && live ? (double)slots(kCenter, largest) : 0.0;
   KlSums sums{};
   if (live) {
     for (int64_t s = part; s < p.S; s += kKlParts) {
-      const int64_t at = s * p.T + i;
-      const double base_factor = slot_factor(p.base_max[at], base_top), other_factor = slot_factor(p.other_max[at], other_top);
-      if (base_factor != 0.0) sums.base += base_factor * p.base_sum[at];
-      if (other_factor != 0.0) sums.other += other_factor * p.other_sum[at];
+      const float base_max = slots(kBaseMax, s), other_max = slots(kOtherMax, s);
+      const double base_factor = slot_factor(base_max, base_top), other_factor = slot_factor(other_max, other_top);
+      const double base_sum = slots.sum(kBaseSum, s);
+      if (base_factor != 0.0) sums.base += base_factor * base_sum;
+      if (other_factor != 0.0) sums.other += other_factor * slots.sum(kOtherSum, s);
       if constexpr (kDivergence) {
         if (base_factor != 0.0)
-          add_moved(sums, base_factor, center - (double)p.center[at], p.base_sum[at], (double)p.gap_sum[at], (double)p.excess_sum[at],
-                    (double)p.linear_sum[at]);
-        const double apart = (double)p.apart_sum[at];
-        if (apart != 0.0) sums.excess += apart * exp((double)p.other_max[at] - base_shift - center);
+          add_moved(sums, base_factor, center - (double)slots(kCenter, s), base_sum, (double)slots(kGapSum, s),
+                    (double)slots(kExcessSum, s), (double)slots(kLinearSum, s));
+        const double apart = (double)slots(kApartSum, s);
+        if (apart != 0.0) sums.excess += apart * exp((double)other_max - base_shift - center);
       }
     }
   }
@@ -102,6 +116,10 @@ __global__ void __launch_bounds__(kKlTokens* kKlParts) linear_kl_combine_kernel(
     p.divergence[n] = (float)value;
     numbers[kKlMean * p.N] = value;
   }
+  if (p.targets && p.targets[i] >= 0) {
+    p.base_logprob[n] = (float)(((double)p.base_target[i] - base_shift) - log_base);
+    p.other_logprob[n] = (float)(((double)p.other_target[i] - other_shift) - log_other);
+  }
   const double base_lse = base_shift + log_base, other_lse = other_shift + log_other;
   numbers[kPolicyLse * p.N] = p.policy_is_base ? base_lse : other_lse;
   numbers[kReferenceLse * p.N] = p.policy_is_base ? other_lse : base_lse;
@@ -112,11 +130,12 @@ __global__ void __launch_bounds__(kKlTokens* kKlParts) linear_kl_combine_kernel(
 __global__ void __launch_bounds__(kKlTokens) linear_kl_mixture_sum_kernel(const __grid_constant__ KlMixtureSum p) {
   const int64_t i = (int64_t)blockIdx.x * kKlTokens + threadIdx.x;
   if (i >= p.T || p.first + i >= *p.count) return;
+  const KlSlots slots{p.partial, p.T, p.S, i};
   double policy = 0.0, reference = 0.0, mean = 0.0;
   for (int64_t s = 0; s < p.S; ++s) {
-    policy += (double)p.policy_part[s * p.T + i];
-    reference += (double)p.reference_part[s * p.T + i];
-    mean += p.mean_part[s * p.T + i];
+    policy += (double)slots(kPolicyPart, s);
+    reference += (double)slots(kReferencePart, s);
+    mean += (double)slots(kMeanHigh, s) + (double)slots(kMeanLow, s);
   }
   const int64_t n = p.rows[p.first + i];
   p.divergence[n] = (float)((1.0 - p.jsd_weight) * policy + p.jsd_weight * reference);

@@ -34,16 +34,12 @@ void linear_kl_fold(const KlFold& p, cudaStream_t stream) {
     expect_pointer(p.other, name, "other");
     expect_pointer(p.inverse_temperature, name, "inverse_temperature");
     expect_pointer(p.count, name, "count");
-    expect_pointer(p.base_max, name, "base_max");
-    expect_pointer(p.other_max, name, "other_max");
-    expect_pointer(p.base_sum, name, "base_sum");
-    expect_pointer(p.other_sum, name, "other_sum");
+    expect_pointer(p.partial, name, "partial");
   }
-  const bool all = p.gap_sum && p.excess_sum && p.linear_sum && p.apart_sum;
-  expect(!p.center || all, name, "center", "none, or one beside gap_sum, excess_sum, linear_sum and apart_sum", 1);
+  expect(!p.targets || (p.base_target && p.other_target), name, "targets", "none, or some beside base_target and other_target", 1);
   auto kernel = wide(p.base, p.stride_base, p.other, p.stride_other)
-                    ? (p.center ? linear_kl_fold_kernel<true, true> : linear_kl_fold_kernel<true, false>)
-                    : (p.center ? linear_kl_fold_kernel<false, true> : linear_kl_fold_kernel<false, false>);
+                    ? (p.divergence ? linear_kl_fold_kernel<true, true> : linear_kl_fold_kernel<true, false>)
+                    : (p.divergence ? linear_kl_fold_kernel<false, true> : linear_kl_fold_kernel<false, false>);
   launch(kernel, name, slot_grid(name, p.T, p.begin, p.end), kKlThreads, 0, stream, p);
 }
 
@@ -55,13 +51,9 @@ void linear_kl_mixture(const KlMixture& p, cudaStream_t stream) {
   if (p.T) {
     expect_pointer(p.policy, name, "policy");
     expect_pointer(p.reference, name, "reference");
-    expect_pointer(p.inverse_temperature, name, "inverse_temperature");
-    expect_pointer(p.rows, name, "rows");
+    expect_pointer(p.tokens, name, "tokens");
     expect_pointer(p.count, name, "count");
-    expect_pointer(p.numbers, name, "numbers");
-    expect_pointer(p.policy_part, name, "policy_part");
-    expect_pointer(p.reference_part, name, "reference_part");
-    expect_pointer(p.mean_part, name, "mean_part");
+    expect_pointer(p.partial, name, "partial");
   }
   auto kernel = wide(p.policy, p.stride_policy, p.reference, p.stride_reference) ? linear_kl_mixture_kernel<true> : linear_kl_mixture_kernel<false>;
   launch(kernel, name, slot_grid(name, p.T, p.begin, p.end), kKlThreads, 0, stream, p);

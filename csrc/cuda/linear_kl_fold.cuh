@@ -17,6 +17,15 @@ __global__ void __launch_bounds__(kKlThreads) linear_kl_fold_kernel(const __grid
                    inverse_temperature, base);
   load_slot<kWide>(p.other + row * p.stride_other, slot, p.begin, p.end,
                    KlHead{{p.other_scale, p.other_softcap}, p.other_bias, p.other_bias_dtype}, inverse_temperature, other);
+  if (p.targets) {
+    const int64_t target = (int64_t)p.targets[row] - p.begin - slot;
+#pragma unroll
+    for (int k = 0; k < kKlCount; ++k) {
+      if (kl_column(k) != target) continue;
+      p.base_target[row] = base[k];
+      p.other_target[row] = other[k];
+    }
+  }
   float base_top = kLowest, other_top = kLowest;
 #pragma unroll
   for (int k = 0; k < kKlCount; ++k) {
@@ -65,35 +74,37 @@ __global__ void __launch_bounds__(kKlThreads) linear_kl_fold_kernel(const __grid
   }
   group_sums<kKlThreads>(sums, shared_sums);
   if (threadIdx.x) return;
-  const int64_t place = (p.begin / kKlColumns + blockIdx.y) * p.T + row;
-  p.base_max[place] = base_top;
-  p.other_max[place] = other_top;
-  p.base_sum[place] = (double)sums[0] + (double)sums[1];
-  p.other_sum[place] = (double)sums[2] + (double)sums[3];
+  float* const place = p.partial + (p.begin / kKlColumns + blockIdx.y) * p.T + row;
+  const int64_t apart = p.S * p.T;
+  place[kBaseMax * apart] = base_top;
+  place[kBaseSum * apart] = sums[0];
+  place[kBaseOnes * apart] = sums[1];
+  place[kOtherMax * apart] = other_top;
+  place[kOtherSum * apart] = sums[2];
+  place[kOtherOnes * apart] = sums[3];
   if constexpr (kDivergence) {
-    p.center[place] = center;
-    p.gap_sum[place] = sums[4];
-    p.excess_sum[place] = sums[5];
-    p.linear_sum[place] = sums[6];
-    p.apart_sum[place] = sums[7];
+    place[kCenter * apart] = center;
+    place[kGapSum * apart] = sums[4];
+    place[kExcessSum * apart] = sums[5];
+    place[kLinearSum * apart] = sums[6];
+    place[kApartSum * apart] = sums[7];
   }
 }
 
 template <bool kWide>
-__global__ void __launch_bounds__(kKlThreads) linear_kl_mixture_kernel(const __grid_constant__ KlMixture p) {
+__global__ void __launch_bounds__(kKlThreads, 4) linear_kl_mixture_kernel(const __grid_constant__ KlMixture p) {
   __shared__ float shared_sums[2 * kKlThreads / kWarp];
   __shared__ double shared_mean[kKlThreads / kWarp];
   const int64_t row = blockIdx.x, slot = (int64_t)blockIdx.y * kKlColumns;
   if (p.first + row >= *p.count) return;
-  const int64_t n = p.rows[p.first + row];
-  const float inverse_temperature = p.inverse_temperature[row];
+  const KlToken token{p.tokens, p.T, row};
+  const float inverse_temperature = token[kKlInverseTemperature];
   float policy[kKlCount], reference[kKlCount];
   load_slot<kWide>(p.policy + row * p.stride_policy, slot, p.begin, p.end,
                    KlHead{{p.policy_scale, p.policy_softcap}, p.policy_bias, p.policy_bias_dtype}, inverse_temperature, policy);
   load_slot<kWide>(p.reference + row * p.stride_reference, slot, p.begin, p.end,
                    KlHead{{p.reference_scale, p.reference_softcap}, p.reference_bias, p.reference_bias_dtype}, inverse_temperature, reference);
-  const Halves policy_lse(p.numbers[kPolicyLse * p.N + n]), reference_lse(p.numbers[kReferenceLse * p.N + n]);
-  const Halves lse_gap(p.numbers[kLseGap * p.N + n]);
+  const Halves policy_lse = token.halves(kKlPolicyLse), reference_lse = token.halves(kKlReferenceLse), lse_gap = token.halves(kKlLess);
   const Mixture mixture(p.jsd_weight);
   float sums[2] = {};
   double mean = 0.0;
@@ -110,10 +121,12 @@ __global__ void __launch_bounds__(kKlThreads) linear_kl_mixture_kernel(const __g
   group_sums<kKlThreads>(sums, shared_sums);
   mean = block_sum<kKlThreads>(mean, shared_mean);
   if (threadIdx.x) return;
-  const int64_t place = (p.begin / kKlColumns + blockIdx.y) * p.T + row;
-  p.policy_part[place] = sums[0];
-  p.reference_part[place] = sums[1];
-  p.mean_part[place] = mean;
+  float* const place = p.partial + (p.begin / kKlColumns + blockIdx.y) * p.T + row;
+  const int64_t apart = p.S * p.T;
+  place[kPolicyPart * apart] = sums[0];
+  place[kReferencePart * apart] = sums[1];
+  place[kMeanHigh * apart] = (float)mean;
+  place[kMeanLow * apart] = (float)(mean - (double)(float)mean);
 }
 
 }  // namespace isdaa

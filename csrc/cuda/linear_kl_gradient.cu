@@ -7,12 +7,14 @@ namespace {
 
 const char* kName = "linear_kl_gradient";
 
-template <class Out>
+template <class Out, bool kLow>
 void launch_out(const KlGradient& p, cudaStream_t stream) {
-  const bool wide = rows_aligned(p.policy, p.stride_policy, 1, sizeof(float)) && rows_aligned(p.reference, p.stride_reference, 1, sizeof(float));
+  const bool wide = rows_aligned(p.policy, p.stride_policy, 1, sizeof(float)) &&
+                    rows_aligned(p.reference, p.stride_reference, 1, sizeof(float)) &&
+                    rows_aligned(p.out, p.stride_out, 1, sizeof(Out)) && (!kLow || rows_aligned(p.low, p.stride_out, 1, sizeof(Out)));
   const dim3 grid(grid_x(p.bias_sums ? ceil_div(p.T, kKlBiasRows) : p.T, kName));
-  auto kernel = wide ? (p.bias_sums ? linear_kl_gradient_kernel<Out, true, true> : linear_kl_gradient_kernel<Out, true, false>)
-                     : (p.bias_sums ? linear_kl_gradient_kernel<Out, false, true> : linear_kl_gradient_kernel<Out, false, false>);
+  auto kernel = wide ? (p.bias_sums ? linear_kl_gradient_kernel<Out, kLow, true, true> : linear_kl_gradient_kernel<Out, kLow, true, false>)
+                     : (p.bias_sums ? linear_kl_gradient_kernel<Out, kLow, false, true> : linear_kl_gradient_kernel<Out, kLow, false, false>);
   launch(kernel, kName, grid, kGradientThreads, 0, stream, p);
 }
 
@@ -27,16 +29,13 @@ void linear_kl_gradient(const KlGradient& p, cudaStream_t stream) {
     expect_pointer(p.policy, kName, "policy");
     expect_pointer(p.reference, kName, "reference");
     expect_pointer(p.tokens, kName, "tokens");
-    expect_pointer(p.rows, kName, "rows");
-    expect_pointer(p.count, kName, "count");
-    expect_pointer(p.numbers, kName, "numbers");
+    expect_pointer(p.live, kName, "live");
+    expect_pointer(p.out, kName, "out");
   }
-  switch (p.out_dtype) {
-    case kFloat32: return launch_out<float>(p, stream);
-    case kFloat16: return launch_out<half>(p, stream);
-    case kBfloat16: return launch_out<bf16>(p, stream);
-    default: expect(false, kName, "out_dtype", "0, 1 or 2", p.out_dtype);
-  }
+  expect(!p.low || p.out_dtype == kFloat16, kName, "low", "none beside a gradient that is not fp16", 1);
+  if (p.out_dtype == kFloat32) return launch_out<float, false>(p, stream);
+  expect(p.out_dtype == kFloat16, kName, "out_dtype", "0 or 1", p.out_dtype);
+  return p.low ? launch_out<half, true>(p, stream) : launch_out<half, false>(p, stream);
 }
 
 }  // namespace isdaa

@@ -5,22 +5,33 @@
 
 namespace isdaa {
 
-// The gradient of a token's z:  forward p - q;  reverse p (log(p / q) - its mean);  jsd (1 - weight) p (log(p / m) - its mean).
+// The gradient of a token's z:  forward p - q;  reverse p (log(p / q) - its mean);  jsd (1 - weight) p (log(p / m) - its mean), each times
+// the coefficient of the divergence; and (onehot - p) times that of the log-prob.
 struct KlEntry {
   int32_t direction;
   Mixture mixture;
-  Halves policy_lse, reference_lse, less, mean;  // less: of log(p / q) + the difference of the log-sum-exps
+  Halves policy_lse, reference_lse, less, mean;
+  float coefficient, log_prob, at_target;
 
-  __device__ __forceinline__ KlEntry(const KlGradient& p, int64_t n)
+  __device__ __forceinline__ KlEntry(const KlGradient& p, const KlToken& token)
       : direction(p.direction),
         mixture(p.jsd_weight),
-        policy_lse(p.numbers[kPolicyLse * p.N + n]),
-        reference_lse(p.numbers[kReferenceLse * p.N + n]),
-        less(p.numbers[kLseGap * p.N + n] + (p.direction == kKlReverse ? p.numbers[kKlMean * p.N + n] : 0.0)),
-        mean(p.numbers[kKlMean * p.N + n]) {}
+        policy_lse(token.halves(kKlPolicyLse)),
+        reference_lse(token.halves(kKlReferenceLse)),
+        less(token.halves(kKlLess)),
+        mean(token.halves(kKlMixtureMean)),
+        coefficient(token[kKlCoefficient]),
+        log_prob(token[kKlLogProb]),
+        at_target(token[kKlAtTarget]) {}
 
-  __device__ __forceinline__ float operator()(float policy, float reference) const {
-    const float pj = exponential(policy_lse.below(policy)), r = less.below(Difference(policy, reference));
+  __device__ __forceinline__ float operator()(float policy, float reference, bool is_target) const {
+    const float pj = exponential(policy_lse.below(policy));
+    if (coefficient == 0.0f) return is_target ? at_target : -log_prob * pj;  // of a divergence that may be infinite
+    return coefficient * of_divergence(pj, policy, reference) + (is_target ? at_target : -log_prob * pj);
+  }
+
+  __device__ __forceinline__ float of_divergence(float pj, float policy, float reference) const {
+    const float r = less.below(Difference(policy, reference));
     if (direction == kKlForward) {
       const float qj = exponential(reference_lse.below(reference));
       return fabsf(r) <= kSmallGap ? qj * (r + small_excess(r)) : pj - qj;  // q (exp(r) - 1)
@@ -34,10 +45,9 @@ struct KlEntry {
 };
 
 // Grid: a block for each row, or for each kKlBiasRows rows where their sums over tokens are wanted.
-template <class Out, bool kWide, bool kBiasSums>
+template <class Out, bool kLow, bool kWide, bool kBiasSums>
 __global__ void __launch_bounds__(kGradientThreads, 2) linear_kl_gradient_kernel(const __grid_constant__ KlGradient p) {
   constexpr int kRows = kBiasSums ? kKlBiasRows : 1;
-  constexpr bool kHalves = sizeof(Out) == 2;
   const int64_t columns = p.end - p.begin;
   const KlHead policy_head{{p.policy_scale, p.policy_softcap}, p.policy_bias, p.policy_bias_dtype};
   const KlHead reference_head{{p.reference_scale, p.reference_softcap}, p.reference_bias, p.reference_bias_dtype};
@@ -46,33 +56,32 @@ __global__ void __launch_bounds__(kGradientThreads, 2) linear_kl_gradient_kernel
     float bias_sum[kGradientCount] = {};
 #pragma unroll 1
     for (int64_t row = (int64_t)blockIdx.x * kRows; row < p.T && row < ((int64_t)blockIdx.x + 1) * kRows; ++row) {
-      float* const policy_row = static_cast<float*>(p.policy) + row * p.stride_policy;
-      float* const reference_row = static_cast<float*>(p.reference) + row * p.stride_reference;
       float g[kGradientCount] = {}, y[kGradientCount];
-      if (p.first + row < *p.count) {
-        load_row<kWide>(policy_row, begin, columns, 1, 0.0f, g);
-        load_row<kWide>(reference_row, begin, columns, 1, 0.0f, y);
-        const KlEntry entry(p, p.rows[p.first + row]);
-        const float inverse_temperature = p.tokens[kInverseTemperature * p.T + row], unscale = p.tokens[kUnscale * p.T + row];
-        const float coefficient = p.tokens[kLogProb * p.T + row], scale = p.tokens[kScale * p.T + row];
+      if (p.live[row]) {
+        load_row<kWide>(p.policy + row * p.stride_policy, begin, columns, 1, 0.0f, g);
+        load_row<kWide>(p.reference + row * p.stride_reference, begin, columns, 1, 0.0f, y);
+        const KlToken token{p.tokens, p.T, row};
+        const KlEntry entry(p, token);
+        const float inverse_temperature = token[kKlInverseTemperature], unscale = token[kKlUnscale], scale = token[kKlBiasScale];
+        const int64_t target = p.targets ? p.targets[row] - p.begin - begin : -1;
 #pragma unroll
         for (int k = 0; k < kGradientCount; ++k) {
           if (begin + k >= columns) continue;
           float slope, unused;
           const float policy = policy_head(g[k] * unscale, p.begin + begin + k, inverse_temperature, slope);
           const float reference = reference_head(y[k], p.begin + begin + k, inverse_temperature, unused);
-          g[k] = entry(policy, reference) * coefficient * slope;
+          g[k] = entry(policy, reference, k == target) * slope;
           if constexpr (kBiasSums) bias_sum[k] += g[k] * scale;
         }
       }
       __syncthreads();  // nobody writes where another still reads
-      if constexpr (kHalves) {
+      if constexpr (kLow) {
         float low[kGradientCount];
 #pragma unroll
-        for (int k = 0; k < kGradientCount; ++k) low[k] = g[k] - widen(narrow<Out>(g[k]));
-        store_row<kWide>(reinterpret_cast<Out*>(reference_row), begin, columns, 1, low);
+        for (int k = 0; k < kGradientCount; ++k) low[k] = (g[k] - widen(narrow<Out>(g[k]))) * p.low_factor;
+        store_row<kWide>(static_cast<Out*>(p.low) + row * p.stride_out, begin, columns, 1, low);
       }
-      store_row<kWide>(reinterpret_cast<Out*>(policy_row), begin, columns, 1, g);
+      store_row<kWide>(static_cast<Out*>(p.out) + row * p.stride_out, begin, columns, 1, g);
     }
     if constexpr (kBiasSums) store_row<false>(p.bias_sums + blockIdx.x * columns, begin, columns, 1, bias_sum);
   }

@@ -40,15 +40,21 @@ struct Difference {
   }
 };
 
-// An fp64 number as two of fp32.
+// A number in two parts, the second of which the first has rounded off.
 struct Halves {
   float high, low;
 
-  __device__ __forceinline__ explicit Halves(double x) : high((float)x), low((float)(x - (double)(float)x)) {
-    low = low == low ? low : 0.0f;  // of an infinity
-  }
   __device__ __forceinline__ float below(float z) const { return __fsub_rn(z, high) - low; }
   __device__ __forceinline__ float below(const Difference& d) const { return __fsub_rn(d.high, high) + (d.low - low); }
+};
+
+// A token's column of `tokens`.
+struct KlToken {
+  const float* tokens;
+  int64_t T, i;
+
+  __device__ __forceinline__ float operator[](int row) const { return tokens[row * T + i]; }
+  __device__ __forceinline__ Halves halves(int row) const { return {(*this)[row], (*this)[row + 1]}; }
 };
 
 // One of the two heads.

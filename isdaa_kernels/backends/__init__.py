@@ -27,8 +27,8 @@ A backend that takes problems with a `divergence` has a module `linear_kl` besid
         -> as above, of the policy
 
 numbers_4N, fp64: the log-sum-exps of policy and reference, their difference, and the mean under p of log(p / q), of jsd log(p / m). They
-are for the same backend: `gpu` keeps a column of each token in the second row's place. logprob_2N, in the dtype of the divergence: the
-targets' log-probs under policy and reference, 0 and NaN as there; [0, N] where problem.divergence.logprobs is False.
+are for the same backend. logprob_2N, in the dtype of the divergence: the targets' log-probs under policy and reference, 0 and NaN as there;
+[0, N] where problem.divergence.logprobs is False.
 
 Where a backend has the loss stage, a module `pair_loss`, named in `ops`, holds it:
 

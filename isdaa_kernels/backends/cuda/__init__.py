@@ -9,7 +9,6 @@ from torch import Tensor
 
 from isdaa_kernels.backends.cuda import extension
 from isdaa_kernels.backends.cuda.launch import CudaKernels
-from isdaa_kernels.backends.cuda.linear_kl_plan import sides
 from isdaa_kernels.backends.cuda.shapes import CudaShapes
 from isdaa_kernels.backends.gpu import backward_pass, forward_pass, logits_pass, plan
 from isdaa_kernels.backends.gpu.call import refusal_of_numbers
@@ -22,7 +21,7 @@ __all__ = ["backward", "backward_logits", "describe", "forward", "forward_logits
 
 def refusal(problem: Problem) -> str | None:
     native = extension.native
-    unfit = refusal_of_numbers(problem) if problem.divergence is None else _refusal_of_sides(problem)
+    unfit = refusal_of_numbers(problem)
     if unfit is not None:
         return unfit
     if native is None:
@@ -38,16 +37,6 @@ def refusal(problem: Problem) -> str | None:
     if not problem.arch.startswith("sm_") or not extension.runs_on(problem.arch):
         return f"was built for sm_{', sm_'.join(extension.archs())}, not for {problem.arch}"
     return torch_too_old()
-
-
-def _refusal_of_sides(problem: Problem) -> str | None:
-    if problem.divergence.logprobs:
-        return "has no log-probs beside a divergence yet"
-    for name, side in zip(("policy", "reference"), sides(problem), strict=True):
-        unfit = refusal_of_numbers(side.problem)
-        if unfit is not None:
-            return f"linear_kl: of the {name}, {unfit}"
-    return None
 
 
 def describe() -> str:

@@ -4,11 +4,12 @@ T tokens of a slab, C vocabulary rows of a chunk, D hidden size, V vocabulary, N
 """
 
 from isdaa_kernels.backends.cuda.extension import dtype_of, launch, multiprocessors
+from isdaa_kernels.backends.cuda.launch_kl import KlKernels
 from isdaa_kernels.backends.cuda.launch_routed import RoutedKernels
 from isdaa_kernels.backends.cuda.shapes import CudaShapes
 
 
-class CudaKernels(RoutedKernels, CudaShapes):
+class CudaKernels(KlKernels, RoutedKernels, CudaShapes):
     # ---- tokens
 
     def gather(self, *, hidden, rows, count, scale, out, first) -> None:

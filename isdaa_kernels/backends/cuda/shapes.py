@@ -26,12 +26,15 @@ class CudaShapes:
     name = "cuda"
     narrows_in_place = True
     gradient_rows = 16
+    kl_gradient_rows = 16
 
     def __init__(self, fused: bool):
         self.fused = fused
 
     def products(self, problem: Problem, aligned: bool) -> str:
-        """The fused kernels multiply 16-bit factors of one dtype; elsewhere tensor cores are left to the library."""
+        """The fused kernels multiply 16-bit factors of one dtype, of one head; elsewhere tensor cores are left to the library."""
+        if problem.divergence is not None:
+            return "library"
         sixteen = problem.hidden_dtype == problem.weight_dtype and problem.hidden_dtype in (
             torch.float16,
             torch.bfloat16,
@@ -46,6 +49,9 @@ class CudaShapes:
 
     def fold_columns(self, problem: Problem) -> int:
         return SLOT_COLUMNS if problem.routed is None else FINE_SLOT_COLUMNS
+
+    def kl_partial_rows(self, direction: str) -> int:
+        return 6 if direction == "jsd" else 11
 
     def routed_sizes(self, problem: Problem) -> RoutedSizes:
         return RoutedSizes(gradient_rows=128, step=128)

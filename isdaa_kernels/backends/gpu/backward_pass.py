@@ -15,7 +15,7 @@ from isdaa_kernels.backends.gpu.library import product
 from isdaa_kernels.backends.gpu.plan import make_plan
 from isdaa_kernels.backends.gpu.routed_pass import backward_routed
 from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets, padded_rows
-from isdaa_kernels.backends.gpu.sums import BiasSum, HiddenSum, TargetOrder, WeightSum
+from isdaa_kernels.backends.gpu.sums import BiasSum, HiddenSum, NoTargets, TargetOrder, WeightSum
 from isdaa_kernels.backends.gpu.upstream import Upstream
 from isdaa_kernels.dispatch import Problem, on
 from isdaa_kernels.lm_head import Transform
@@ -51,8 +51,6 @@ def backward(
 class Sweep:
     """One or two walks over the slabs and chunks of the same backward."""
 
-    hidden_sum, weight_sum = HiddenSum, WeightSum
-
     def __init__(self, call: Call, hidden_ND, weight_VD, targets_N, head, live, grad, logprob_N, lse_N):
         self.call, self.kernels, self.problem, self.dtype = call, call.kernels, call.problem, call.dtype
         self.hidden_ND, self.weight_VD, self.targets_N = hidden_ND, weight_VD, targets_N
@@ -62,7 +60,8 @@ class Sweep:
         self.gradient_rows = call.kernels.gradient_rows if self.tile is None else self.tile.M
         self.T = self.plan.token_tile
         self.upstream = Upstream(call.kernels, grad, live, head, logprob_N, lse_N, self.dtype)
-        self.order = None
+        self.order = self.logits_TC = None
+        self.parts_TC: list[Tensor] = []
 
     def gradients(self, need_bias: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         need_hidden, need_weight = self.problem.need_hidden, self.problem.need_weight
@@ -75,21 +74,30 @@ class Sweep:
 
     def run(self, need_hidden: bool, need_weight: bool, need_bias: bool, tokens_outside: bool = False):
         if (need_weight or need_bias) and self.order is None:
-            self.order = TargetOrder(self.live, self.targets_N, self.problem.V, self.upstream)
-        d_hidden = self.hidden_sum(self, one_slab=tokens_outside) if need_hidden else None
-        d_weight = self.weight_sum(self) if need_weight else None
+            self.order = self.target_order()
+        d_hidden = HiddenSum(self, one_slab=tokens_outside) if need_hidden else None
+        d_weight = WeightSum(self) if need_weight else None
         d_bias = BiasSum(self) if need_bias else None
         sums = [d for d in (d_hidden, d_weight, d_bias) if d is not None]
         if sums:
-            for slab, chunk, g_TC, bias_sums in self._gradient_chunks(tokens_outside, need_bias):
+            for slab, chunk, g, bias_sums in self._gradient_chunks(tokens_outside, need_bias):
                 for d in sums:
-                    d.add(slab, chunk, g_TC, bias_sums)
+                    d.add(slab, chunk, g, bias_sums)
         return tuple(None if d is None else d.finish() for d in (d_hidden, d_weight, d_bias))
 
+    def target_order(self) -> TargetOrder | NoTargets:
+        return TargetOrder(self.live, self.targets_N, self.problem.V, self.upstream)
+
+    def make_buffers(self, C: int) -> None:
+        """The library's logits [T, C], if it makes them, and the parts of their gradient."""
+        self.logits_TC, g_TC = _buffers(self.call, self.T, C, self.hidden_ND.device)
+        self.parts_TC = [g_TC]
+
     def _gradient_chunks(self, tokens_outside: bool, need_bias: bool):
-        """Yields (slab, chunk, gradient of the product [T, C], its sums over rows [., C] or None), all in buffers of the walk."""
+        """Yields (slab, chunk, parts of the gradient of the product [T, C], its sums over rows [., C] or None), all in buffers."""
         V, C, device = self.problem.V, self.plan.vocab_tile, self.hidden_ND.device
-        x_TC, g_TC = _buffers(self.call, self.T, C, device)
+        if not self.parts_TC:
+            self.make_buffers(C)
         rows = ceil_div(self.T, self.gradient_rows)
         bias_buffer = torch.empty(rows * C, dtype=torch.float32, device=device) if need_bias else None
         slabs, chunks = self.live.slabs(self.T), [(c, min(c + C, V)) for c in range(0, V, C)]
@@ -98,23 +106,26 @@ class Sweep:
         slab = chunk = None
         for first, span in order:
             if slab is None or slab.first != first:
-                slab = Slab(self, first, hidden)
+                slab = self.slab(first, hidden)
             if chunk is None or chunk.span != span:
-                chunk = Chunk(self, span)
+                chunk = self.chunk(span)
             width = span[1] - span[0]
             bias_sums = None if bias_buffer is None else bias_buffer[: rows * width].view(rows, width)
-            logits_TC = None if x_TC is None else x_TC[:, :width]
-            self.gradient(slab, chunk, logits_TC, g_TC[:, :width], bias_sums)
-            yield slab, chunk, g_TC[:, :width], bias_sums
+            g = [part_TC[:, :width] for part_TC in self.parts_TC]
+            self.gradient(slab, chunk, g, bias_sums)
+            yield slab, chunk, g, bias_sums
 
-    def gradient(
-        self, slab: "Slab", chunk: "Chunk", x_TC: Tensor | None, g_TC: Tensor, bias_sums: Tensor | None
-    ) -> None:
-        """x_TC: a buffer for the library's logits, if it makes them."""
-        if x_TC is None:
-            self._fused(slab, chunk, g_TC, bias_sums)
+    def slab(self, first: int, hidden: HiddenSlab) -> "Slab":
+        return Slab(self, first, hidden)
+
+    def chunk(self, span: tuple[int, int]) -> "Chunk":
+        return Chunk(self, span)
+
+    def gradient(self, slab: "Slab", chunk: "Chunk", g: list[Tensor], bias_sums: Tensor | None) -> None:
+        if self.logits_TC is None:
+            self._fused(slab, chunk, g[0], bias_sums)
         else:
-            self._library(slab, chunk, x_TC, g_TC, bias_sums)
+            self._library(slab, chunk, self.logits_TC[:, : g[0].shape[1]], g[0], bias_sums)
 
     def _fused(self, slab: "Slab", chunk: "Chunk", g_TC: Tensor, bias_sums: Tensor | None) -> None:
         begin, end = chunk.span
@@ -136,10 +147,10 @@ class Sweep:
 
 
 def _buffers(call: Call, T: int, C: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """The library's logits [T, C], if it makes them, and their gradient [T, >= C] in the dtype of the factors: in place, row i begins
-    where the logits of row i do."""
+    """The library's logits [T, C], if it makes them, and their gradient [T, >= C]: in place, row i begins where the logits of row i do."""
     x_TC = None if call.fused else torch.empty(T, C, dtype=torch.float32, device=device)
-    return x_TC, x_TC.view(call.dtype) if call.in_place else torch.empty(T, C, dtype=call.dtype, device=device)
+    dtype = call.gradient_dtype
+    return x_TC, x_TC.view(dtype) if call.in_place else torch.empty(T, C, dtype=dtype, device=device)
 
 
 class Slab:
@@ -154,6 +165,7 @@ class Slab:
         self.live_T = None  # the fused kernel counts for itself
         if sweep.tile is None:
             self.live_T = (torch.arange(first, first + sweep.T, device=rows_T.device) < live.count).to(torch.uint8)
+        self.factor_TD = self.hidden_TD  # of d_weight
         self.is_first, self.is_last = first == 0, first + sweep.T >= live.capacity
 
 
@@ -163,4 +175,5 @@ class Chunk:
     def __init__(self, sweep: Sweep, span: tuple[int, int]):
         self.span = span
         self.weight_CD = sweep.weight_VD[slice(*span)].to(sweep.dtype)
+        self.factor_CD = self.weight_CD  # of d_hidden
         self.is_first, self.is_last = span[0] == 0, span[1] == sweep.problem.V

@@ -24,6 +24,17 @@ def reference_dtype(problem: Problem) -> torch.dtype:
     return hidden if hidden == weight and hidden.itemsize == 2 else torch.float32
 
 
+def gradient_parts(problem: Problem) -> tuple[int, int]:
+    """How many fp16 numbers, high and low, an entry of the gradient chunk is in the products for d_hidden and for d_weight.
+
+    Two heads' gradients have no one entry that outweighs the others and could stand outside the chunk, but fp16 rounds by an eighth of
+    what rounding bf16 results takes, so that one part is enough for their d_hidden. A row of d_weight may be all of entries that fp16
+    does not hold beside a token's largest; the low part has 11 bits more, and what the high part rounds off, which fp16 results keep."""
+    if problem.divergence is None or product_dtype(problem) == torch.float32:
+        return 1, 1
+    return (1, 2) if product_dtype(problem) == torch.bfloat16 else (2, 2)
+
+
 def fusable(problem: Problem) -> bool:
     """Whether all factors have the same 16-bit dtype."""
     dtypes = {product_dtype(problem)} | (set() if problem.divergence is None else {reference_dtype(problem)})
@@ -38,8 +49,6 @@ def refusal_of_numbers(problem: Problem) -> str | None:
     """What no kernel set takes, whatever the device."""
     dtypes = [("hidden", problem.hidden_dtype), ("weight", problem.weight_dtype)]
     if problem.divergence is not None:
-        if problem.divergence.logprobs:
-            return "has no log-probs beside a divergence yet"
         dtypes += zip(("the reference's hidden", "the reference's weight"), problem.divergence.dtypes(), strict=True)
     for name, dtype in dtypes:
         if dtype not in DTYPES:
@@ -77,6 +86,23 @@ class Call:
     @cached_property
     def dtype(self) -> torch.dtype:
         return product_dtype(self.problem)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of the gradient chunk."""
+        narrow = self.problem.divergence is not None and self.dtype != torch.float32
+        return torch.float16 if narrow else self.dtype
+
+    @cached_property
+    def parts(self) -> int:
+        """Of the gradient chunk that are made: those of the gradients that are wanted."""
+        wanted = zip(gradient_parts(self.problem), (self.problem.need_hidden, self.problem.need_weight), strict=True)
+        return max([1, *(parts for parts, need in wanted if need)])
+
+    @property
+    def converts_weight(self) -> bool:
+        """The gradient chunk's product with the weight takes the weight in fp16."""
+        return self.problem.need_hidden and self.gradient_dtype != self.dtype
 
     @property
     def in_place(self) -> bool:

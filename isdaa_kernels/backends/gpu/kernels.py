@@ -17,6 +17,10 @@ from torch import Tensor
 
 from isdaa_kernels.dispatch import Problem
 
+LOW_SCALE = (
+    2.0**-11
+)  # of the low part of a gradient chunk in two parts: fp16 rounds off no more than the last of its 11 bits
+
 
 class FusedTile(Protocol):
     """How a fused kernel cuts its product. The set may know more of it: the passes hand it back with each launch."""

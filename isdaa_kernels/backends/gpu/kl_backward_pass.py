@@ -1,9 +1,8 @@
 """Backward of `linear_kl`: both heads' products of a slab and a chunk are recomputed into a chunk of gradients of the policy's, which the
 library multiplies into d_hidden and d_weight, as in `backward_pass`.
 
-Of 16-bit factors the chunk is 16-bit too: its rounding comes on top of that of the results, which makes 1.1 to 1.4 times the error of
-dense PyTorch with one entry of each token kept in fp32 (up to 1.5 without), and up to 2.4 times where two or three entries make up the
-whole gradient, as in tiny vocabularies.
+Of 16-bit factors the chunk is fp16, in one or two parts (`call.gradient_parts`), each token times its power of two (`kl_tokens`), and so
+are its factors: bf16 ones are made fp16, times powers of two, a slab of hidden states and a chunk of the weight at a time.
 
 T tokens of a slab, C vocabulary rows of a chunk, D hidden size (E that of the reference), V vocabulary.
 """
@@ -15,10 +14,11 @@ from isdaa_kernels.backends.gpu import backward_pass
 from isdaa_kernels.backends.gpu.call import Call, reference_dtype
 from isdaa_kernels.backends.gpu.kl_forward_pass import two_heads
 from isdaa_kernels.backends.gpu.kl_kernels import KlKernels
-from isdaa_kernels.backends.gpu.kl_tokens import KlUpstream
+from isdaa_kernels.backends.gpu.kl_tokens import KlUpstream, NarrowRows, weight_exponent
 from isdaa_kernels.backends.gpu.library import product
 from isdaa_kernels.backends.gpu.plan import make_plan
 from isdaa_kernels.backends.gpu.slabs import Head, HiddenSlab, LiveTokens, clean_targets
+from isdaa_kernels.backends.gpu.sums import NoTargets
 from isdaa_kernels.dispatch import Problem, on
 from isdaa_kernels.divergence import KlGradient, Model
 
@@ -37,60 +37,83 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     call = Call.of_heads(kernels, problem, policy, reference)
     with on(policy.hidden_ND.device):
-        grad_N = grad.divergence_N
-        live = LiveTokens((targets_N != ignore_index) & (grad_N != 0), problem.N)
-        return KlSweep(call, policy, reference, live, grad_N, numbers_4N).gradients(need_bias)
+        live = LiveTokens((targets_N != ignore_index) & grad.active(), problem.N)
+        sweep = KlSweep(call, policy, reference, targets_N, live, grad, numbers_4N, logprob_2N)
+        return sweep.gradients(need_bias)
 
 
 class KlSweep(backward_pass.Sweep):
     """The walks of a backward, with the products of two heads in each chunk."""
 
-    def __init__(
-        self, call: Call, policy: Model, reference: Model, live: LiveTokens, grad_N: Tensor, numbers_4N: Tensor
-    ):
+    def __init__(self, call: Call, policy: Model, reference: Model, targets_N, live, grad, numbers_4N, logprob_2N):
         self.call, self.kernels, self.problem, self.dtype = call, call.kernels, call.problem, call.dtype
-        self.reference, self.live, self.divergence = reference, live, call.problem.divergence
+        self.live, self.reference = live, reference
         self.hidden_ND, self.weight_VD, transform = policy
-        self.targets_N = clean_targets(numbers_4N[1].nan_to_num(nan=-1.0), self.problem.V)
-        self.head, self.heads = Head(transform), two_heads(policy, reference, self.divergence)
         self.plan = make_plan(call.kernels, call.problem, call.aligned)
+        self.T, C = self.plan.token_tile, self.plan.vocab_tile
+        self.head, self.heads = Head(transform), two_heads(policy, reference, call.problem.divergence)
+        self.with_logprobs = grad.logprob_N is not None
+        outside_N = torch.full_like(targets_N, -1, dtype=torch.int32)
+        self.targets_N = clean_targets(targets_N, self.problem.V) if self.with_logprobs else outside_N
         self.tile = call.tile("backward", True) if call.fused else None
         self.gradient_rows = call.kernels.kl_gradient_rows if self.tile is None else self.tile.M
-        self.T = self.plan.token_tile
-        self.upstream = KlUpstream(self.divergence, grad_N, live, self.head, numbers_4N, self.dtype, self.T)
-        self.order = None
-        dtype = reference_dtype(self.problem)
-        self.reference_slab = HiddenSlab(call.kernels, reference.hidden_ND, live, self.T, dtype)
-        self.reference_first = self.reference_chunk = self.buffer = None
-        if self.tile is None:
-            size = self.T * self.plan.vocab_tile
-            self.buffer = torch.empty(size, dtype=torch.float32, device=self.hidden_ND.device)
+        narrow = call.gradient_dtype == torch.float16
+        exponent = torch.zeros((), dtype=torch.int64, device=self.hidden_ND.device)
+        if call.converts_weight:
+            exponent = weight_exponent(self.weight_VD)
+        self.upstream = KlUpstream(
+            call.problem.divergence, grad, live, self.head, numbers_4N, logprob_2N, self.hidden_ND, narrow, exponent
+        )
+        self.order = self.logits_TC = self.reference_TC = self.factor_slab = self.factor_rows = None
+        self.parts_TC = []
+        slab = lambda hidden_ND, dtype: HiddenSlab(call.kernels, hidden_ND, live, self.T, dtype)  # noqa: E731
+        self.reference_slab = slab(reference.hidden_ND, reference_dtype(self.problem))
+        if narrow and self.problem.need_weight:
+            self.factor_slab = slab(self.hidden_ND, torch.float16)
+        if call.converts_weight:
+            self.factor_rows = NarrowRows(call.kernels, self.weight_VD, C, exponent)
 
-    def gradient(self, slab, chunk, x_TC: Tensor | None, g_TC: Tensor, bias_sums: Tensor | None) -> None:
-        if self.reference_first != slab.first:
-            self.reference_first = slab.first
-            self.reference_slab.load(slab.first)
+    def target_order(self) -> NoTargets:
+        return NoTargets(self.problem.V, self.hidden_ND.device)
+
+    def make_buffers(self, C: int) -> None:
+        super().make_buffers(C)
+        empty = lambda dtype: torch.empty(self.T, C, dtype=dtype, device=self.hidden_ND.device)  # noqa: E731
+        if self.logits_TC is not None:
+            self.reference_TC = empty(torch.float32)
+        if self.call.parts == 2:
+            low_TC = self.reference_TC.view(torch.float16) if self.call.in_place else empty(torch.float16)
+            self.parts_TC.append(low_TC)
+
+    def slab(self, first: int, hidden: HiddenSlab) -> backward_pass.Slab:
+        slab = super().slab(first, hidden)
+        self.reference_slab.load(first)
+        if self.factor_slab is not None:
+            slab.factor_TD = self.factor_slab.load(first, slab.tokens[16])
+        return slab
+
+    def chunk(self, span: tuple[int, int]) -> backward_pass.Chunk:
+        chunk = super().chunk(span)
+        if self.tile is None:
+            self.reference_CE = self.reference.weight_VD[slice(*span)].to(reference_dtype(self.problem))
+        if self.factor_rows is not None:
+            chunk.factor_CD = self.factor_rows.load(*span)
+        return chunk
+
+    def gradient(self, slab, chunk, g: list[Tensor], bias_sums: Tensor | None) -> None:
         begin, end = chunk.span
-        entry_T = self.upstream.entry_L[slab.first : slab.first + self.T]
-        token = {"targets": slab.targets_T, "tokens": slab.tokens, "weight_entry": entry_T, "bias_sums": bias_sums}
-        if x_TC is None:
+        out = {"out": g[0], "low": g[1] if len(g) == 2 else None, "bias_sums": bias_sums, "begin": begin, "end": end}
+        token = {"targets": slab.targets_T if self.with_logprobs else None, "tokens": slab.tokens}
+        if self.tile is not None:
             if bias_sums is not None:
                 bias_sums.zero_()  # nothing is written for tiles without a live token
             self.kernels.linear_kl_backward(
                 policy_hidden=slab.hidden_TD, reference_hidden=self.reference_slab.buffer_TD, policy_weight=self.weight_VD,
-                reference_weight=self.reference.weight_VD, count=self.live.count, out=g_TC, first=slab.first, begin=begin, end=end,
-                tile=self.tile, **token, **self.heads,
+                reference_weight=self.reference.weight_VD, count=self.live.count, first=slab.first, tile=self.tile, **out, **token,
+                **self.heads,
             )  # fmt: skip
             return
+        x_TC, y_TC = (logits_TC[:, : end - begin] for logits_TC in (self.logits_TC, self.reference_TC))
         product(slab.hidden_TD, chunk.weight_CD.T, out=x_TC)
-        y_TC = self.buffer[: self.T * (end - begin)].view(self.T, -1)
-        product(self.reference_slab.buffer_TD, self._reference_rows(chunk.span).T, out=y_TC)
-        self.kernels.kl_gradient_logits(
-            policy=x_TC, reference=y_TC, out=g_TC, live=slab.live_T, begin=begin, end=end, **token, **self.heads
-        )
-
-    def _reference_rows(self, span: tuple[int, int]) -> Tensor:
-        if self.reference_chunk is None or self.reference_chunk[0] != span:
-            rows_CE = self.reference.weight_VD[slice(*span)].to(reference_dtype(self.problem))
-            self.reference_chunk = span, rows_CE
-        return self.reference_chunk[1]
+        product(self.reference_slab.buffer_TD, self.reference_CE.T, out=y_TC)
+        self.kernels.kl_gradient_logits(policy=x_TC, reference=y_TC, live=slab.live_T, **out, **token, **self.heads)

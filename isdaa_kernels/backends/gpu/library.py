@@ -3,8 +3,12 @@
 A, B factors in fp16, bf16 or fp32; TF32 is used for fp32 factors only where the user's own torch setting allows it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from isdaa_kernels.backends.gpu.kernels import LOW_SCALE
 
 LEAST_TORCH = (2, 10)  # products of 16-bit factors that add to fp32 sums
 
@@ -31,10 +35,17 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
 
 
-def accumulate(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out (fp32) += a @ b, summed in fp32."""
+def accumulate(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+    """out (fp32) += scale * a @ b, summed in fp32."""
     if a.dtype == torch.float32:
-        return torch.addmm(out, a, b, out=out)
+        return torch.addmm(out, a, b, alpha=scale, out=out)
     if a.device.type == "cpu":
-        return torch.addmm(out, a.float(), b.float(), out=out)
-    return torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+        return torch.addmm(out, a.float(), b.float(), alpha=scale, out=out)
+    return torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, alpha=scale, out=out)
+
+
+def add_parts(parts: Sequence[Tensor], b: Tensor, out: Tensor, is_first: bool) -> None:
+    """out (fp32) = or += the product of b and a chunk of the gradient, made of its parts (`call.gradient_parts`)."""
+    (product if is_first else accumulate)(parts[0], b, out)
+    for low in parts[1:]:
+        accumulate(low, b, out, LOW_SCALE)

@@ -5,7 +5,7 @@ N tokens, D hidden size, V vocabulary, T tokens of a slab, C vocabulary rows of 
 
 import torch
 
-from isdaa_kernels.backends.gpu.call import Call, reference_dtype
+from isdaa_kernels.backends.gpu.call import Call, gradient_parts, reference_dtype
 from isdaa_kernels.backends.gpu.kernels import FusedTile, Shapes
 from isdaa_kernels.dispatch import Problem
 from isdaa_kernels.workspace import MIB, Plan, ceil_div, refuse_budget
@@ -24,7 +24,14 @@ _TOKEN_BYTES = (
 _ROUTED_BYTES = 40  # besides, where gradients are routed: size of the coefficient, block and place of the target, what they are made of
 _ORDER_BYTES = 32  # a vocabulary row: its place in the order of the blocks, bias in that order, mean distribution, sum for the bias
 _PARTIAL_BYTES = 24  # a token and slot: maximum, fp64 sum, three statistics
-_KL_TOKEN_BYTES = 160  # besides, where two heads are compared: four fp64 numbers, coefficients, the targets' entries
+_KL_TOKEN_BYTES = (
+    240  # besides, where two heads are compared: four fp64 numbers, coefficients, exponents, each slab's numbers
+)
+_KL_SLAB_BYTES = (
+    160  # of a token in a slab of the forward: temperature, what the second pass reads, the targets' logits
+)
+KEPT_MIB = 256  # of both heads' logits for all of the vocabulary, which jsd's forward would like to keep
+_LEAST_KEPT = 256  # tokens
 
 
 def forward_shape(call: Call) -> tuple[int, int]:
@@ -33,11 +40,24 @@ def forward_shape(call: Call) -> tuple[int, int]:
     slab, which is as large as the workspace allows."""
     problem = call.problem
     if not call.fused:
-        return (32, 2048) if problem.arch is None else (_LIBRARY_TOKENS, min(_LIBRARY_COLUMNS, problem.V))
+        T, C = (32, 2048) if problem.arch is None else (_LIBRARY_TOKENS, min(_LIBRARY_COLUMNS, problem.V))
+        if problem.divergence is not None and problem.divergence.direction == "jsd":
+            while T > _LEAST_KEPT and 2 * 4 * T * problem.V > KEPT_MIB * MIB:
+                T //= 2
+        return T, C
     budget = _budget(problem) - _fixed_bytes(problem)
     slabs = [T for T in _slabs(call) if T <= _FORWARD_TOKENS] or _slabs(call)[-1:]
     columns = problem.V if problem.routed is None else min(ORDER_ROWS, problem.V)
     return next((T for T in slabs if _forward_bytes(call, T, columns) <= budget), slabs[-1]), columns
+
+
+def keeps_logits(call: Call) -> bool:
+    """Whether jsd's forward keeps the logits of both heads that the library made of a slab, instead of making them again when it has the
+    log-sum-exps."""
+    problem = call.problem
+    if call.fused or problem.divergence is None or problem.divergence.direction != "jsd":
+        return False
+    return _kl_forward_bytes(call, *forward_shape(call), columns=problem.V) + _fixed_bytes(problem) <= _budget(problem)
 
 
 def slot_columns(call: Call, tile: FusedTile | None) -> int:
@@ -57,7 +77,8 @@ def make_plan(kernels: Shapes, problem: Problem, aligned: bool = True) -> Plan:
     every d_weight chunk finished once, d_hidden summed in fp32 beside it (4 D bytes a token); where that does not fit, two passes,
     which recompute the logits twice. Without `max_workspace_mb` nothing is refused.
 
-    A divergence of two heads makes the reference's product beside each of the policy's, and jsd's forward passes twice.
+    A divergence of two heads makes the reference's product beside each of the policy's, jsd's forward passes twice unless it keeps the
+    logits, and each part of the gradient chunk is a product of its own.
 
     Routed gradients are made in one pass, with vocabulary chunks outside. `units` counts every pair of token and block as routed: it is
     the most that a call can cost. The blocks' masses and the routes, 5 bytes a token and block, are not counted in `bytes`."""
@@ -78,10 +99,11 @@ def make_plan(kernels: Shapes, problem: Problem, aligned: bool = True) -> Plan:
             raise refuse_budget(problem.max_workspace_mb, min(_bytes(call, *s, split) for s in shapes))
         fit = [shapes[-1]]
     T, C = min(fit, key=lambda shape: _traffic(problem, *shape))
-    work = problem.need_hidden + problem.need_weight
+    hidden_parts, weight_parts = gradient_parts(problem)
+    work = hidden_parts * problem.need_hidden + weight_parts * problem.need_weight
     passes, products = 1 + (2 if split else 1) * (work > 0), 1.0
     if problem.divergence is not None:
-        passes += problem.divergence.direction == "jsd"
+        passes += problem.divergence.direction == "jsd" and not keeps_logits(call)
         products += problem.divergence.reference_D / problem.D
     return Plan(
         backend=kernels.name,
@@ -93,11 +115,6 @@ def make_plan(kernels: Shapes, problem: Problem, aligned: bool = True) -> Plan:
         bytes=_bytes(call, T, C, split),
         units=passes * products + work,
     )
-
-
-def kl_partial_rows(problem: Problem) -> int:
-    """fp32 numbers a token and slot of `linear_kl`'s forward."""
-    return 10 if problem.divergence.direction == "forward" else 9
 
 
 def weight_rows(problem: Problem, T: int, C: int) -> int:
@@ -158,21 +175,23 @@ def _tile(call: Call, kernel: str) -> FusedTile | None:
 
 def _forward_bytes(call: Call, T: int, C: int) -> int:
     problem, size = call.problem, call.dtype.itemsize
-    slots = fold_slots(call, _tile(call, "forward"))
     if problem.divergence is not None:
-        chunks = _chunk_bytes(problem, C, problem.D, problem.weight_dtype, call.dtype) + (
-            0 if call.fused else T * C * 4
-        )
-        return (
-            _reference_bytes(call, T, C)
-            + T * (problem.D + 8) * size
-            + T * slots * kl_partial_rows(problem) * 4
-            + chunks
-        )
+        return _kl_forward_bytes(call, T, C, columns=problem.V if keeps_logits(call) else min(C, problem.V))
+    slots = fold_slots(call, _tile(call, "forward"))
     numbers = T * (problem.D + 8) * size + T * slots * _PARTIAL_BYTES
     if problem.routed is not None or problem.weight_dtype != call.dtype:
         numbers += C * (problem.D + 8) * size  # rows of the head in another order or dtype
     return numbers if call.fused else numbers + T * C * 4
+
+
+def _kl_forward_bytes(call: Call, T: int, C: int, columns: int) -> int:
+    """columns: of both heads' logits that are there at once."""
+    problem = call.problem
+    partial = fold_slots(call, _tile(call, "forward")) * call.kernels.kl_partial_rows(problem.divergence.direction) * 4
+    hidden = (problem.D + 8) * call.dtype.itemsize
+    rows = _chunk_bytes(problem, C, problem.D, problem.weight_dtype, call.dtype)
+    logits = 0 if call.fused else 2 * T * columns * 4
+    return T * (hidden + partial + _KL_SLAB_BYTES) + rows + logits + _reference_bytes(call, T, C)
 
 
 def _backward_bytes(call: Call, T: int, C: int, split: bool) -> int:
@@ -187,15 +206,25 @@ def _backward_bytes(call: Call, T: int, C: int, split: bool) -> int:
         numbers += T * problem.D * 4
     if problem.weight_dtype != call.dtype:
         numbers += C * problem.D * size
-    return numbers if problem.divergence is None else numbers + _reference_bytes(call, T, C)
+    if problem.divergence is not None:
+        logits = 0 if call.fused else T * C * 4
+        numbers += _reference_bytes(call, T, C) + logits + _narrow_bytes(call, T, C)
+    return numbers
+
+
+def _narrow_bytes(call: Call, T: int, C: int) -> int:
+    """fp16 factors of the gradient chunk, times powers of two: a slab of hidden states, a chunk of the weight."""
+    problem = call.problem
+    hidden = T * (problem.D + 8) * 2 if problem.need_weight and call.gradient_dtype == torch.float16 else 0
+    return hidden + (min(C, problem.V) * (problem.D + 12) * 2 + 8 * problem.V if call.converts_weight else 0)
 
 
 def _reference_bytes(call: Call, T: int, C: int) -> int:
-    """The reference's hidden states of a slab, its rows of a chunk in another dtype, its logits."""
+    """The reference's hidden states of a slab, its rows of a chunk in another dtype."""
     divergence, dtype = call.problem.divergence, reference_dtype(call.problem)
     hidden = T * (divergence.reference_D + 8) * dtype.itemsize
     rows = _chunk_bytes(call.problem, C, divergence.reference_D, divergence.reference_weight_dtype, dtype)
-    return hidden + rows + (0 if call.fused else T * C * 4)
+    return hidden + rows
 
 
 def _chunk_bytes(problem: Problem, C: int, D: int, weight_dtype: torch.dtype, dtype: torch.dtype) -> int:
@@ -212,7 +241,7 @@ def _gradient_bytes(call: Call, T: int, C: int) -> int:
         if call.problem.divergence is None
         else call.kernels.kl_gradient_rows
     )
-    chunk = (0 if call.fused else 4) + (0 if call.in_place else call.dtype.itemsize)
+    chunk = (0 if call.fused else 4) + (0 if call.in_place else call.gradient_dtype.itemsize * call.parts)
     return T * C * chunk + ceil_div(T, rows) * C * 4 + 8 * call.problem.V
 
 

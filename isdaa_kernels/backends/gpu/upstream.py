@@ -16,6 +16,9 @@ SHIFT = {torch.float16: 12}
 LEAST_EXPONENT = {torch.float16: 0}
 
 
+Units = tuple[Tensor, int]  # (top int32 [1], shift): of sums in units of 2 ** (top - shift)
+
+
 class Upstream:
     """The exponent of the call's largest coefficient, and each slab's rows of coefficients (`Kernels.token`)."""
 
@@ -30,6 +33,7 @@ class Upstream:
         self.shift, self.least = SHIFT.get(dtype, 0), LEAST_EXPONENT.get(dtype, -64)
         self.scales_hidden = self.least < 0
         self.top = _top_exponent(self.terms, live, head)
+        self.weight_units = self.bias_units = self.top, self.shift
 
     def flags(self) -> dict[str, bool]:
         return {"log_prob": self.terms[2] is not None, "flat": self.terms[3] is not None}

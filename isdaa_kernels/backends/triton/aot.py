@@ -49,8 +49,9 @@ def tile_of(variant: Variant) -> TileConfig:
     dtype = aot_routed.DTYPES[variant.dtype]
     problem = Problem("cuda", dtype, dtype, 8192, 4096, 128256, arch=variant.arch)
     kernel = "backward" if variant.kernel.endswith("backward") else "forward"
-    kind = heads_kind(kernel) if variant.kernel in aot_kl.KERNELS else "rich" if variant.rich else "plain"
-    return choose_tile_config(problem, variant.arch, kernel, kind if variant.aligned else "unaligned")
+    one = "unaligned" if not variant.aligned else "rich" if variant.rich else "plain"
+    kind = heads_kind(kernel, variant.aligned) if variant.kernel in aot_kl.KERNELS else one
+    return choose_tile_config(problem, variant.arch, kernel, kind)
 
 
 def compile_variant(variant: Variant) -> Report:
@@ -120,8 +121,8 @@ def _source(variant: Variant):
 def _kl_source(variant: Variant, kernel, tile: TileConfig):
     types = _pointers(variant) | aot_kl.pointers(variant.kernel, f"*{variant.dtype}", tile, variant.dtype, tile.tma)
     constants = aot_kl.constants(
-        variant.kernel, variant.direction, variant.mixture, variant.rich, variant.even, tile.tma, tile
-    )
+        variant.kernel, variant.direction, variant.mixture, variant.logprobs, variant.parts, variant.rich, variant.even, tile.tma, tile
+    )  # fmt: skip
     return _complete(
         variant, kernel, types, constants, aot_kl.OPTIONAL, KL_OPTIONS | aot_kl.options(variant.kernel, tile)
     )

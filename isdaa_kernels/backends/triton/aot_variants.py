@@ -24,6 +24,8 @@ class Variant:
     block: int = 128  # of routed gradients
     direction: str = "reverse"  # of a divergence
     mixture: bool = False  # the second pass of jsd's forward
+    logprobs: bool = False  # beside a divergence
+    parts: int = 1  # of its gradient chunk
 
     def __str__(self) -> str:
         marks = [
@@ -36,6 +38,8 @@ class Variant:
                 (f"block={self.block}", self.kernel in aot_routed.KERNELS),
                 (self.direction, self.kernel in aot_kl.KERNELS),
                 ("mixture", self.mixture),
+                ("logprobs", self.logprobs),
+                ("two parts", self.parts == 2),
             )
             if on
         ]
@@ -72,15 +76,17 @@ def small_routed_set() -> list[Variant]:
 
 def small_kl_set() -> list[Variant]:
     """The same for `linear_kl`: both fused kernels everywhere, each direction and each of the others on one architecture at least."""
-    chosen = [Variant("linear_kl_forward", arch, rich=True, direction="forward") for arch in ARCHS]
-    chosen += [Variant("linear_kl_backward", arch, rich=True, direction="jsd") for arch in ARCHS]
+    chosen = [Variant("linear_kl_forward", arch, rich=True, direction="forward", logprobs=True) for arch in ARCHS]
+    chosen += [
+        Variant("linear_kl_backward", arch, rich=True, direction="jsd", logprobs=True, parts=2) for arch in ARCHS
+    ]
     chosen += [Variant("linear_kl_forward", "sm_90", rich=True, direction="jsd", mixture=True)]
     chosen += [Variant("linear_kl_forward", "sm_90"), Variant("linear_kl_backward", "sm_90")]
-    chosen += [Variant("kl_fold_logits", "sm_90", rich=True, direction="forward")]
+    chosen += [Variant("kl_fold_logits", "sm_90", rich=True, direction="forward", logprobs=True)]
     chosen += [Variant("kl_fold_logits", "gfx942", direction="jsd", mixture=True)]
-    chosen += [Variant("kl_gradient_logits", "sm_90", rich=True, direction="jsd")]
+    chosen += [Variant("kl_gradient_logits", "sm_90", rich=True, direction="jsd", logprobs=True, parts=2)]
     chosen += [
-        Variant("kl_combine", "sm_90", direction="forward"),
+        Variant("kl_combine", "sm_90", direction="forward", logprobs=True),
         Variant("kl_combine_mixture", "sm_80", direction="jsd"),
     ]
     return chosen
@@ -128,17 +134,24 @@ def _full_routed(arch: str) -> list[Variant]:
 
 
 def _full_kl(arch: str) -> list[Variant]:
-    chosen = [Variant("kl_combine", arch, direction=direction) for direction in DIRECTIONS]
+    chosen = [
+        Variant("kl_combine", arch, direction=direction, logprobs=on)
+        for direction in DIRECTIONS
+        for on in (False, True)
+    ]
     chosen += [Variant("kl_combine_mixture", arch, direction="jsd")]
     for kernel in (*aot_kl.PRODUCTS, "kl_fold_logits", "kl_gradient_logits"):
         passes = [(direction, False) for direction in DIRECTIONS]
         passes += [("jsd", True)] if kernel in ("linear_kl_forward", "kl_fold_logits") else []
         sizes = ((True, True), (False, True), (False, False)) if kernel in aot_kl.PRODUCTS else ((True, True),)
         chosen += [
-            Variant(kernel, arch, dtype, rich, even=even, aligned=aligned, direction=direction, mixture=mixture)
+            Variant(kernel, arch, dtype, rich, False, even, aligned, 128, direction, mixture, logprobs, parts)
             for dtype in _DTYPES
             for rich in (False, True)
             for even, aligned in sizes
             for direction, mixture in passes
+            for logprobs in (False, True)
+            for parts in ((1, 2) if kernel in ("linear_kl_backward", "kl_gradient_logits") else (1,))
+            if not (mixture and logprobs)
         ]
     return chosen

@@ -7,6 +7,7 @@ from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from isdaa_kernels.backends.gpu.kernels import LOW_SCALE
 from isdaa_kernels.backends.triton.kernels.kl_logits import (
     kl_combine_kernel,
     kl_combine_mixture_kernel,
@@ -21,55 +22,54 @@ from isdaa_kernels.divergence import DIRECTIONS
 
 class KlKernels:
     def linear_kl_forward(
-        self, *, policy_hidden, reference_hidden, policy_weight, reference_weight, tokens, count, partial, tile, inverse_temperature,
-        first, **heads,
+        self, *, policy_hidden, reference_hidden, policy_weight, reference_weight, tokens, targets, target_logit, count, partial, tile,
+        inverse_temperature, first, **heads,
     ) -> None:  # fmt: skip
         T, V = len(policy_hidden), len(policy_weight)
         tiles = cdiv(T, tile.M) * cdiv(V, tile.N)
         linear_kl_forward_kernel[programs(tile, tiles, policy_hidden.device)](
-            inverse_temperature=inverse_temperature, tokens=tokens, count=count, partial=partial, first=first, T=T, S=partial.shape[1],
-            V=V, MIXTURE=tokens is not None, EVEN_V=V % tile.N == 0, **_heads(**heads),
+            inverse_temperature=inverse_temperature, tokens=tokens, targets=targets, target_logit=target_logit, count=count,
+            partial=partial, first=first, T=T, S=partial.shape[1], V=V, MIXTURE=tokens is not None, LOGPROBS=targets is not None,
+            EVEN_V=V % tile.N == 0, **_heads(**heads),
             **_factors(tile, policy_hidden, policy_weight, reference_hidden, reference_weight),
         )  # fmt: skip
 
     def linear_kl_backward(
-        self, *, policy_hidden, reference_hidden, policy_weight, reference_weight, targets, tokens, weight_entry, count, out, bias_sums,
-        first, begin, end, tile, **heads,
+        self, *, policy_hidden, reference_hidden, policy_weight, reference_weight, tokens, count, first, begin, end, tile, **rest,
     ) -> None:  # fmt: skip
         T = len(policy_hidden)
         tiles = cdiv(T, tile.M) * cdiv(end - begin, tile.N)
         linear_kl_backward_kernel[programs(tile, tiles, policy_hidden.device)](
-            targets=targets, tokens=tokens, weight_entry=weight_entry, count=count, out=out, bias_sums=bias_sums, first=first, T=T,
-            V=len(policy_weight), begin=begin, end=end, stride_out=out.stride(0), BIAS_SUMS=bias_sums is not None,
-            EVEN_V=(end - begin) % tile.N == 0, **_heads(**heads),
+            tokens=tokens, count=count, first=first, T=T, V=len(policy_weight), begin=begin, end=end, EVEN_V=(end - begin) % tile.N == 0,
+            **_gradient(**rest),
             **_factors(tile, policy_hidden, policy_weight, reference_hidden, reference_weight),
         )  # fmt: skip
 
     def kl_fold_logits(
-        self, *, policy, reference, inverse_temperature, tokens, count, partial, first, begin, end, **heads
-    ) -> None:
+        self, *, policy, reference, inverse_temperature, tokens, targets, target_logit, count, partial, first, begin, end, **heads,
+    ) -> None:  # fmt: skip
         T, shape = len(policy), CONSTANTS["kl_fold_logits"]
         kl_fold_logits_kernel[(cdiv(T, shape["M"]), cdiv(end - begin, shape["N"]))](
-            policy=policy, reference=reference, inverse_temperature=inverse_temperature, tokens=tokens, count=count, partial=partial,
-            first=first, T=T, S=partial.shape[1], begin=begin, end=end, stride_policy=policy.stride(0),
-            stride_reference=reference.stride(0), MIXTURE=tokens is not None, **_heads(**heads), **shape, **KL_OPTIONS,
+            policy=policy, reference=reference, inverse_temperature=inverse_temperature, tokens=tokens, targets=targets,
+            target_logit=target_logit, count=count, partial=partial, first=first, T=T, S=partial.shape[1], begin=begin, end=end,
+            stride_policy=policy.stride(0), stride_reference=reference.stride(0), MIXTURE=tokens is not None,
+            LOGPROBS=targets is not None, **_heads(**heads), **shape, **KL_OPTIONS,
         )  # fmt: skip
 
-    def kl_gradient_logits(
-        self, *, policy, reference, out, targets, tokens, weight_entry, live, bias_sums, begin, end, **heads
-    ) -> None:
+    def kl_gradient_logits(self, *, policy, reference, tokens, live, begin, end, **rest) -> None:
         T, shape = len(policy), CONSTANTS["kl_gradient_logits"]
         kl_gradient_logits_kernel[(cdiv(T, shape["M"]), cdiv(end - begin, shape["N"]))](
-            policy=policy, reference=reference, out=out, targets=targets, tokens=tokens, weight_entry=weight_entry, live=live,
-            bias_sums=bias_sums, T=T, begin=begin, end=end, stride_policy=policy.stride(0), stride_reference=reference.stride(0),
-            stride_out=out.stride(0), BIAS_SUMS=bias_sums is not None, **_heads(**heads), **shape, **KL_OPTIONS,
+            policy=policy, reference=reference, tokens=tokens, live=live, T=T, begin=begin, end=end, stride_policy=policy.stride(0),
+            stride_reference=reference.stride(0), **_gradient(**rest), **shape, **KL_OPTIONS,
         )  # fmt: skip
 
-    def kl_combine(self, *, partial, rows, count, value, numbers, first, direction) -> None:
+    def kl_combine(
+        self, *, partial, rows, count, targets, target_logit, value, numbers, logprob, first, direction
+    ) -> None:
         (_, S, T), shape = partial.shape, CONSTANTS["kl_combine"]
         kl_combine_kernel[(cdiv(T, shape["M"]),)](
-            partial, rows, count, value, numbers, first, T, S, numbers.shape[1], DIRECTION=DIRECTIONS.index(direction), **shape,
-            **KL_OPTIONS,
+            partial, rows, count, targets, target_logit, value, numbers, logprob, first, T, S, numbers.shape[1],
+            DIRECTION=DIRECTIONS.index(direction), LOGPROBS=targets is not None, **shape, **KL_OPTIONS,
         )  # fmt: skip
 
     def kl_combine_mixture(self, *, partial, rows, count, value, numbers, first, jsd_weight) -> None:
@@ -89,6 +89,15 @@ def _heads(direction: str, jsd_weight: float, **heads) -> dict:
             f"{name}_softcap": 1.0 if softcap is None else softcap,
         }
     return arguments
+
+
+def _gradient(out: Tensor, low: Tensor | None, targets: Tensor | None, bias_sums: Tensor | None, **heads) -> dict:
+    """Where a gradient goes: low has the strides of out."""
+    assert low is None or low.stride() == out.stride()
+    return {
+        "out": out, "low": low, "stride_out": out.stride(0), "PARTS": 1 if low is None else 2, "LOW": LOW_SCALE, "targets": targets,
+        "LOGPROBS": targets is not None, "bias_sums": bias_sums, "BIAS_SUMS": bias_sums is not None, **_heads(**heads),
+    }  # fmt: skip
 
 
 def _factors(tile: TileConfig, hidden_TD: Tensor, weight_VD: Tensor, other_TE: Tensor, other_VE: Tensor) -> dict:

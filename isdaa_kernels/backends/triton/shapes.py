@@ -47,6 +47,9 @@ class TritonShapes:
     gradient_rows = CONSTANTS["gradient_logits"]["M"]
     kl_gradient_rows = CONSTANTS["kl_gradient_logits"]["M"]
 
+    def kl_partial_rows(self, direction: str) -> int:
+        return 6 if direction == "jsd" else 10
+
     def products(self, problem: Problem, aligned: bool) -> Literal["fused", "library"]:
         """Fused for 16-bit factors of one dtype, those of both heads where there are two: tiles of logits never leave the registers. fp32
         or mixed factors go to the library: full fp32 products run without tensor cores, where its kernels are several times faster than
@@ -58,7 +61,8 @@ class TritonShapes:
 
     def fused_tile(self, problem: Problem, kernel: str, rich: bool, aligned: bool) -> TileConfig:
         heads = problem.divergence is not None
-        kind = "unaligned" if not aligned else heads_kind(kernel) if heads else "rich" if rich else "plain"
+        one = "unaligned" if not aligned else "rich" if rich else "plain"
+        kind = heads_kind(kernel, aligned) if heads else one
         tile = choose_tile_config(problem, arch_of(problem), kernel, kind)
         return replace(tile, pieces=1) if heads else tile  # a slot of partial results each
 

@@ -67,12 +67,14 @@ _HEADS_FORWARD = {arch: replace(tile, N=64) if arch != "interpreter" else tile f
 # Rows of weight off 16-byte borders: every load is a few bytes wide and its address takes registers.
 _UNALIGNED = {arch: TileConfig(128, 64, 32, num_warps=8, num_stages=2) for arch in _PLAIN}
 _UNALIGNED["interpreter"] = _PLAIN["interpreter"]
+_HEADS_UNALIGNED = {arch: replace(tile, M=64) if arch != "interpreter" else tile for arch, tile in _UNALIGNED.items()}
 _KINDS = {
     "plain": _PLAIN,
     "rich": _RICH,
     "heads": _HEADS,
     "heads forward": _HEADS_FORWARD,
     "unaligned": _UNALIGNED,
+    "heads unaligned": _HEADS_UNALIGNED,
 }
 _FAMILY = {
     "sm_87": "sm_80",
@@ -86,7 +88,9 @@ _FAMILY |= {"gfx90a": "gfx942", "gfx950": "gfx942"}
 _overrides: dict[str, TileConfig] = {}
 
 
-def heads_kind(kernel: str) -> str:
+def heads_kind(kernel: str, aligned: bool) -> str:
+    if not aligned:
+        return "heads unaligned"
     return "heads forward" if kernel == "forward" else "heads"
 
 
@@ -113,8 +117,8 @@ def known_archs() -> list[str]:
 def choose_tile_config(problem: Problem, arch: str, kernel: str = "forward", kind: str = "plain") -> TileConfig:
     """The tile of one fused kernel (`KERNELS`) for `arch`, as in "sm_90" or "gfx942": what `load_tile_configs` brought for exactly
     this (architecture, kernel, kind, dtype, D, V), else the table's. kind: "rich" for a head with bias or softcap, "heads" for two
-    heads, "heads forward" for their log-sum-exps, "unaligned" for a weight whose rows are not contiguous on 16-byte borders,
-    else "plain". Pure apart from that. Raises ValueError for what is unknown."""
+    heads, "heads forward" for their log-sum-exps, "unaligned" and "heads unaligned" for a weight whose rows are not contiguous on 16-byte
+    borders, else "plain". Pure apart from that. Raises ValueError for what is unknown."""
     for name, value, known in (("kernel", kernel, KERNELS), ("kind", kind, _KINDS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

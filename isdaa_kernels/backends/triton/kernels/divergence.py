@@ -8,6 +8,8 @@ that a small divergence keeps its digits. Compiled without contraction: what a d
 import triton
 import triton.language as tl
 
+from isdaa_kernels.backends.triton.kernels.tiles import narrow
+
 FORWARD = tl.constexpr(0)  # as in isdaa_kernels.divergence.DIRECTIONS
 REVERSE = tl.constexpr(1)
 JSD = tl.constexpr(2)
@@ -54,20 +56,16 @@ def store_row(partial, place_M, row: tl.constexpr, stride, x_M, live_M):
 
 
 @triton.jit
-def tops(zp_MN, zq_MN, begin, DIRECTION: tl.constexpr):
-    """(the policy's largest logit, the reference's, the column of the former, z of reference - z of policy there, where the direction is
-    forward z of policy - z of reference at the latter)."""
-    column_N = begin + tl.arange(0, zp_MN.shape[1])
+def tops(zp_MN, zq_MN, DIRECTION: tl.constexpr):
+    """(the policy's largest logit, the reference's, z of other - z of base where the base is largest: 0 of jsd)."""
     p_top_M, q_top_M = tl.max(zp_MN, 1), tl.max(zq_MN, 1)
-    largest_M = tl.min(tl.where(zp_MN == p_top_M[:, None], column_N[None, :], 2147483647), 1)
-    p_center_M = _center(zp_MN, p_top_M, zq_MN)
-    return (
-        p_top_M,
-        q_top_M,
-        largest_M,
-        p_center_M,
-        _center(zq_MN, q_top_M, zp_MN) if DIRECTION == FORWARD else p_center_M,
-    )
+    if DIRECTION == JSD:
+        center_M = tl.zeros_like(p_top_M)
+    elif DIRECTION == FORWARD:
+        center_M = _center(zq_MN, q_top_M, zp_MN)
+    else:
+        center_M = _center(zp_MN, p_top_M, zq_MN)
+    return p_top_M, q_top_M, center_M
 
 
 @triton.jit
@@ -79,53 +77,64 @@ def _center(base_MN, top_M, other_MN):
 
 @triton.jit
 def kl_sums(zp_MN, zq_MN, p_top_M, q_top_M, center_M, DIRECTION: tl.constexpr):
-    """(sum of the policy's exponentials, of the reference's, of b x, of b excess(x), of the other's exponentials that are apart), [M] each
-    (jsd: 0 from the third on). Columns that are none come with -inf."""
-    p_shift_M = tl.where(p_top_M == float("-inf"), 0.0, p_top_M)
-    q_shift_M = tl.where(q_top_M == float("-inf"), 0.0, q_top_M)
+    """(of the policy's exponentials the sum of those below 1 and the number of ones, the same of the reference's, the sums of b x, of
+    b excess(x), of the other's exponentials that are apart), [M] each (jsd: 0 from the fifth on). Columns that are none come with -inf."""
     gap_M, excess_M, apart_M = tl.zeros_like(p_top_M), tl.zeros_like(p_top_M), tl.zeros_like(p_top_M)
-    if DIRECTION == JSD:
-        b_M = tl.sum(exponential(zp_MN - p_shift_M[:, None]), 1)
-        o_M = tl.sum(exponential(zq_MN - q_shift_M[:, None]), 1)
-    else:
+    p_MN, p_small_M, p_ones_M = _exponentials(zp_MN, p_top_M)
+    q_MN, q_small_M, q_ones_M = _exponentials(zq_MN, q_top_M)
+    if DIRECTION != JSD:
         if DIRECTION == FORWARD:
-            zb_MN, zo_MN, b_shift_M, o_shift_M = zq_MN, zp_MN, q_shift_M, p_shift_M
+            zb_MN, zo_MN, b_MN, o_MN = zq_MN, zp_MN, q_MN, p_MN
         else:
-            zb_MN, zo_MN, b_shift_M, o_shift_M = zp_MN, zq_MN, p_shift_M, q_shift_M
+            zb_MN, zo_MN, b_MN, o_MN = zp_MN, zq_MN, p_MN, q_MN
         high_MN, low_MN = difference(zo_MN, zb_MN)
         x_MN = (high_MN - center_M[:, None]) + low_MN
         small_MN = tl.abs(x_MN) <= SMALL
-        o_MN = exponential(zo_MN - o_shift_M[:, None])
-        o_M, apart_M = tl.sum(o_MN, 1), tl.sum(tl.where(small_MN, 0.0, o_MN), 1)
-        b_MN = exponential(zb_MN - b_shift_M[:, None])
-        b_M = tl.sum(b_MN, 1)
+        apart_M = tl.sum(tl.where(small_MN, 0.0, o_MN), 1)
         gap_MN = tl.where(b_MN == 0.0, 0.0, b_MN * x_MN)
         gap_M = tl.sum(gap_MN, 1)
         large_MN = tl.where(b_MN == 0.0, 0.0, -(b_MN + gap_MN))
         excess_M = tl.sum(tl.where(small_MN, b_MN * small_excess(tl.where(small_MN, x_MN, 0.0)), large_MN), 1)
-    p_M, q_M = (o_M, b_M) if DIRECTION == FORWARD else (b_M, o_M)
-    return p_M, q_M, gap_M, excess_M, apart_M
+    return p_small_M, p_ones_M, q_small_M, q_ones_M, gap_M, excess_M, apart_M
+
+
+@triton.jit
+def _exponentials(z_MN, top_M):
+    """exp(z - top), the sum of those below 1, how many are 1: beside a 1 the small terms would lose their digits."""
+    below_MN = z_MN - tl.where(top_M == float("-inf"), 0.0, top_M)[:, None]
+    e_MN, ones_MN = exponential(below_MN), below_MN == 0.0
+    return e_MN, tl.sum(tl.where(ones_MN, 0.0, e_MN), 1), tl.sum(tl.where(ones_MN, 1.0, 0.0), 1)
 
 
 @triton.jit
 def store_fold(
-    p_top_M, q_top_M, largest_M, p_center_M, center_M, p_M, q_M, gap_M, excess_M, apart_M, slot, S, T, row_M, live_M, partial,
+    p_top_M, q_top_M, center_M, p_small_M, p_ones_M, q_small_M, q_ones_M, gap_M, excess_M, apart_M, slot, S, T, row_M, live_M, partial,
     DIRECTION: tl.constexpr,
 ):  # fmt: skip
-    """A tile's slot of `partial` [R, S, T]; what its rows are says `backends.gpu.kl_kernels`."""
+    """A tile's slot of `partial` [R, S, T]: maximum, small terms and ones of the policy, of the reference, then what jsd has none of."""
     place_M, stride = slot.to(tl.int64) * T + row_M, tl.cast(S, tl.int64) * T
     store_row(partial, place_M, 0, stride, p_top_M, live_M)
-    store_row(partial, place_M, 1, stride, p_M, live_M)
-    store_row(partial, place_M, 2, stride, q_top_M, live_M)
-    store_row(partial, place_M, 3, stride, q_M, live_M)
-    store_row(partial, place_M, 4, stride, largest_M.to(tl.float32, bitcast=True), live_M)
-    store_row(partial, place_M, 5, stride, p_center_M, live_M)
+    store_row(partial, place_M, 1, stride, p_small_M, live_M)
+    store_row(partial, place_M, 2, stride, p_ones_M, live_M)
+    store_row(partial, place_M, 3, stride, q_top_M, live_M)
+    store_row(partial, place_M, 4, stride, q_small_M, live_M)
+    store_row(partial, place_M, 5, stride, q_ones_M, live_M)
     if DIRECTION != JSD:
-        store_row(partial, place_M, 6, stride, gap_M, live_M)
-        store_row(partial, place_M, 7, stride, excess_M, live_M)
-        store_row(partial, place_M, 8, stride, apart_M, live_M)
-    if DIRECTION == FORWARD:
-        store_row(partial, place_M, 9, stride, center_M, live_M)
+        store_row(partial, place_M, 6, stride, center_M, live_M)
+        store_row(partial, place_M, 7, stride, gap_M, live_M)
+        store_row(partial, place_M, 8, stride, excess_M, live_M)
+        store_row(partial, place_M, 9, stride, apart_M, live_M)
+
+
+@triton.jit
+def store_target(zp_MN, zq_MN, begin, target_M, row_M, live_M, T, target_logit):
+    """Both logits of the tokens whose target is among the columns from `begin` on."""
+    within_M = target_M - begin
+    here_M = (within_M >= 0) & (within_M < zp_MN.shape[1])
+    if tl.max(here_M.to(tl.int32), 0) > 0:  # few tiles hold one
+        there_MN = tl.arange(0, zp_MN.shape[1])[None, :] == within_M[:, None]
+        tl.store(target_logit + row_M, tl.sum(tl.where(there_MN, zp_MN, 0.0), 1), mask=live_M & here_M)
+        tl.store(target_logit + T + row_M, tl.sum(tl.where(there_MN, zq_MN, 0.0), 1), mask=live_M & here_M)
 
 
 @triton.jit
@@ -153,7 +162,7 @@ def mixture_term(b_MN, m_MN, x_MN):
 
 @triton.jit
 def log_terms(zp_MN, zq_MN, tokens_M, T):
-    """(log p, log q, log(p / q), the latter less the mean where `tokens` say so). tokens_M: row 0 of [13, T], at the tile's tokens."""
+    """(log p, log q, log(p / q), the latter less the mean where `tokens` say so). tokens_M: row 0 of [17, T], at the tile's tokens."""
     log_p_MN = (zp_MN - tl.load(tokens_M + 2 * T)[:, None]) - tl.load(tokens_M + 3 * T)[:, None]
     log_q_MN = (zq_MN - tl.load(tokens_M + 5 * T)[:, None]) - tl.load(tokens_M + 6 * T)[:, None]
     high_MN, low_MN = difference(zp_MN, zq_MN)
@@ -174,16 +183,19 @@ def kl_mixture(zp_MN, zq_MN, tokens_M, rest, weight, T):
 
 @triton.jit
 def store_mixture(p_M, q_M, mean_M, slot, S, T, row_M, live_M, partial):
-    """Rows 6, 7, 8 of the tile's slot."""
+    """Rows 0, 1, 2 of the tile's slot."""
     place_M, stride = slot.to(tl.int64) * T + row_M, tl.cast(S, tl.int64) * T
-    store_row(partial, place_M, 6, stride, p_M, live_M)
-    store_row(partial, place_M, 7, stride, q_M, live_M)
-    store_row(partial, place_M, 8, stride, mean_M, live_M)
+    store_row(partial, place_M, 0, stride, p_M, live_M)
+    store_row(partial, place_M, 1, stride, q_M, live_M)
+    store_row(partial, place_M, 2, stride, mean_M, live_M)
 
 
 @triton.jit
-def kl_gradient(zp_MN, zq_MN, tokens_M, rest, weight, T, DIRECTION: tl.constexpr):
-    """Gradient of the divergence with respect to the policy's final logits, times the token's coefficient."""
+def kl_gradient(
+    zp_MN, zq_MN, column_N, target_M, tokens_M, rest, weight, T, DIRECTION: tl.constexpr, LOGPROBS: tl.constexpr
+):  # fmt: skip
+    """Gradient of the divergence with respect to the policy's final logits, times the token's coefficient; LOGPROBS: and that of the
+    log-prob of its target, onehot - p, times its own."""
     log_p_MN, log_q_MN, r_MN = log_terms(zp_MN, zq_MN, tokens_M, T)
     p_MN = exponential(log_p_MN)
     if DIRECTION == FORWARD:
@@ -195,6 +207,22 @@ def kl_gradient(zp_MN, zq_MN, tokens_M, rest, weight, T, DIRECTION: tl.constexpr
         g_MN = tl.where(p_MN == 0.0, 0.0, p_MN * r_MN)
     else:
         over_p_MN, _ = log_mixture(r_MN, rest, weight)
-        above_MN = -over_p_MN - tl.load(tokens_M + 12 * T)[:, None]
+        above_MN = (-over_p_MN - tl.load(tokens_M + 12 * T)[:, None]) - tl.load(tokens_M + 13 * T)[:, None]
         g_MN = tl.where(p_MN == 0.0, 0.0, rest * p_MN * above_MN)
-    return g_MN * tl.load(tokens_M + 4 * T)[:, None]
+    coefficient_M = tl.load(tokens_M + 4 * T)
+    g_MN *= coefficient_M[:, None]
+    if LOGPROBS:
+        g_MN = tl.where(coefficient_M[:, None] == 0.0, 0.0, g_MN)  # of a divergence that may be infinite
+        here_MN = column_N[None, :] == target_M[:, None]
+        rest_M, own_M = tl.load(tokens_M + 15 * T), tl.load(tokens_M + 14 * T)
+        g_MN += tl.where(here_MN, rest_M[:, None], -(own_M[:, None] * p_MN))
+    return g_MN
+
+
+@triton.jit
+def store_gradient(g_MN, out, low, place_MN, mask, PARTS: tl.constexpr, LOW: tl.constexpr):
+    """g rounded, and, of two parts, what that leaves, divided by LOW."""
+    high_MN = narrow(g_MN, out.dtype.element_ty)
+    tl.store(out + place_MN, high_MN, mask=mask)
+    if PARTS == 2:
+        tl.store(low + place_MN, narrow((g_MN - high_MN.to(tl.float32)) * (1.0 / LOW), low.dtype.element_ty), mask=mask)

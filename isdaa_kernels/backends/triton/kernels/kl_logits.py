@@ -10,19 +10,17 @@ import triton.language as tl
 from isdaa_kernels.backends.triton.kernels.divergence import (
     FORWARD,
     JSD,
-    REVERSE,
-    exponential,
     kl_gradient,
     kl_mixture,
     kl_sums,
-    log_mixture,
     log_of_sum,
     store_fold,
+    store_gradient,
     store_mixture,
+    store_target,
     tops,
 )
-from isdaa_kernels.backends.triton.kernels.linear_kl import final_logits, take_target
-from isdaa_kernels.backends.triton.kernels.tiles import narrow
+from isdaa_kernels.backends.triton.kernels.linear_kl import final_logits
 
 
 @triton.jit
@@ -30,13 +28,15 @@ def kl_fold_logits_kernel(
     policy, reference,  # fp32 [T, C]: the products for the vocabulary rows from `begin` on
     policy_bias, reference_bias,  # [V] or None
     inverse_temperature,  # fp32 [T]
-    tokens,  # fp32 [13, T], where MIXTURE
+    tokens,  # fp32 [17, T], where MIXTURE
+    targets,  # int32 [T], where LOGPROBS
+    target_logit,  # fp32 [2, T], where LOGPROBS
     count,  # int32 [1]
     partial,  # fp32 [., S, T]
     first, T, S, begin, end, stride_policy, stride_reference,
     policy_scale, policy_softcap, reference_scale, reference_softcap, rest, weight,
     POLICY_BIAS: tl.constexpr, POLICY_SOFTCAP: tl.constexpr, REFERENCE_BIAS: tl.constexpr, REFERENCE_SOFTCAP: tl.constexpr,
-    DIRECTION: tl.constexpr, MIXTURE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DIRECTION: tl.constexpr, MIXTURE: tl.constexpr, LOGPROBS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """As `linear_kl_forward_kernel`. Grid: (cdiv(T, M), cdiv(C, N)); the slot of a tile is begin / N + its column."""
     row_M = tl.program_id(0) * M + tl.arange(0, M)
@@ -56,28 +56,34 @@ def kl_fold_logits_kernel(
         p_M, q_M, mean_M = kl_mixture(zp_MN, zq_MN, tokens_M, rest, weight, T)
         store_mixture(p_M, q_M, mean_M, slot, S, T, row_M, live_M, partial)
     else:
-        p_top_M, q_top_M, largest_M, p_center_M, center_M = tops(zp_MN, zq_MN, begin + tl.program_id(1) * N, DIRECTION)
-        p_M, q_M, gap_M, excess_M, apart_M = kl_sums(zp_MN, zq_MN, p_top_M, q_top_M, center_M, DIRECTION)
+        p_top_M, q_top_M, center_M = tops(zp_MN, zq_MN, DIRECTION)
+        p_M, p_ones_M, q_M, q_ones_M, gap_M, excess_M, apart_M = kl_sums(
+            zp_MN, zq_MN, p_top_M, q_top_M, center_M, DIRECTION
+        )
         store_fold(
-            p_top_M, q_top_M, largest_M, p_center_M, center_M, p_M, q_M, gap_M, excess_M, apart_M, slot, S, T, row_M, live_M, partial,
+            p_top_M, q_top_M, center_M, p_M, p_ones_M, q_M, q_ones_M, gap_M, excess_M, apart_M, slot, S, T, row_M, live_M, partial,
             DIRECTION,
         )  # fmt: skip
+        if LOGPROBS:
+            target_M = tl.load(targets + row_M, mask=inside_M, other=-1)
+            store_target(zp_MN, zq_MN, begin + tl.program_id(1) * N, target_M, row_M, live_M, T, target_logit)
 
 
 @triton.jit
 def kl_gradient_logits_kernel(
     policy, reference,  # as above
-    out,  # [T, C], gradient of the policy's product; may be `policy` itself
+    out,  # [T, C], gradient of the policy's product; fp32 may be `policy` itself
+    low,  # [T, C], what rounding that left divided by LOW, where PARTS is 2
     policy_bias, reference_bias,  # [V] or None
-    targets,  # int32 [T]: the column of each token's own entry
-    tokens,  # fp32 [13, T]; row 8 is written
-    weight_entry,  # fp32 [T]
+    targets,  # int32 [T], where LOGPROBS
+    tokens,  # fp32 [17, T]
     live,  # uint8 [T]: rows that carry a gradient; the others become 0
     bias_sums,  # fp32 [T / M, C] or None
     T, begin, end, stride_policy, stride_reference, stride_out,
     policy_scale, policy_softcap, reference_scale, reference_softcap, rest, weight,
     POLICY_BIAS: tl.constexpr, POLICY_SOFTCAP: tl.constexpr, REFERENCE_BIAS: tl.constexpr, REFERENCE_SOFTCAP: tl.constexpr,
-    DIRECTION: tl.constexpr, BIAS_SUMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DIRECTION: tl.constexpr, BIAS_SUMS: tl.constexpr, LOGPROBS: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     """As `linear_kl_backward_kernel`. Grid: (cdiv(T, M), cdiv(C, N))."""
     row_M = tl.program_id(0) * M + tl.arange(0, M)
@@ -92,16 +98,14 @@ def kl_gradient_logits_kernel(
         x_MN, y_MN, policy_bias, reference_bias, column_N, end, tl.load(tokens_M), policy_scale, policy_softcap, reference_scale,
         reference_softcap, POLICY_BIAS, POLICY_SOFTCAP, REFERENCE_BIAS, REFERENCE_SOFTCAP, False,
     )  # fmt: skip
-    g_MN = kl_gradient(zp_MN, zq_MN, tokens_M, rest, weight, T, DIRECTION) * slope_MN
-    target_M = tl.load(targets + row_M, mask=inside_M, other=-1)
-    g_MN, scale_M = take_target(
-        g_MN, tl.where(column_N < end, column_N, -2), target_M, row_M, live_M, tokens, weight_entry, T
-    )
+    target_M = tl.load(targets + row_M, mask=inside_M, other=-1) if LOGPROBS else None
+    g_MN = kl_gradient(zp_MN, zq_MN, column_N, target_M, tokens_M, rest, weight, T, DIRECTION, LOGPROBS)
+    g_MN = tl.where(live_M[:, None], g_MN * slope_MN, 0.0)
     if BIAS_SUMS:
-        sums_N = tl.sum(g_MN * scale_M[:, None], 0)
+        sums_N = tl.sum(g_MN * tl.load(tokens_M + 7 * T)[:, None], 0)
         tl.store(bias_sums + tl.program_id(0).to(tl.int64) * (end - begin) + place_N, sums_N, mask=column_N < end)
-    out_MN = out + row_M.to(tl.int64)[:, None] * stride_out + place_N[None, :]
-    tl.store(out_MN, narrow(g_MN, out.dtype.element_ty), mask=inside_M[:, None] & (column_N < end)[None, :])
+    place_MN = row_M.to(tl.int64)[:, None] * stride_out + place_N[None, :]
+    store_gradient(g_MN, out, low, place_MN, inside_M[:, None] & (column_N < end)[None, :], PARTS, LOW)
 
 
 @triton.jit
@@ -125,11 +129,14 @@ def excess64(x):
 
 @triton.jit
 def kl_combine_kernel(
-    partial,  # fp32 [R, S, T], as `divergence.kl_fold` writes it
+    partial,  # fp32 [R, S, T], as `divergence.store_fold` writes it
     rows, count,
+    targets,  # int32 [T], as the next where LOGPROBS
+    target_logit,  # fp32 [2, T]
     value,  # fp32 [N_ALL], in token order; not of jsd
-    numbers,  # fp64 [4, N_ALL]: the policy's log-sum-exp; not jsd's: the target; the log-sum-exps' difference; not jsd's: the divergence
-    first, T, S, N_ALL, DIRECTION: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr,
+    numbers,  # fp64 [4, N_ALL]: both log-sum-exps, their difference; not jsd's: the divergence
+    logprob,  # fp32 [2, N_ALL], where LOGPROBS; tokens whose target is no vocabulary row keep theirs
+    first, T, S, N_ALL, DIRECTION: tl.constexpr, LOGPROBS: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Slots in one order, summed in fp64, their sums moved to the center of the slot where the base is largest. Grid: (cdiv(T, M),)."""
     i_M = tl.program_id(0) * M + tl.arange(0, M)
@@ -140,13 +147,11 @@ def kl_combine_kernel(
     for slot in range(0, S, SLOTS):
         place_SM, mask_SM = _slots(slot, S, T, i_M, live_M, SLOTS)
         p_SM = tl.load(partial + place_SM, mask=mask_SM, other=float("-inf"))
-        q_SM = tl.load(partial + 2 * stride + place_SM, mask=mask_SM, other=float("-inf"))
+        q_SM = tl.load(partial + 3 * stride + place_SM, mask=mask_SM, other=float("-inf"))
         p_M, q_M = tl.max(p_SM, 0), tl.max(q_SM, 0)
         if DIRECTION != JSD:
             b_SM, b_M = (q_SM, q_M) if DIRECTION == FORWARD else (p_SM, p_M)
-            center_SM = tl.load(
-                partial + (9 if DIRECTION == FORWARD else 5) * stride + place_SM, mask=mask_SM, other=0.0
-            )
+            center_SM = tl.load(partial + 6 * stride + place_SM, mask=mask_SM, other=0.0)
             here_M = tl.max(tl.where(mask_SM & (b_SM == b_M[None, :]), center_SM, float("-inf")), 0)
             center_M = tl.where(b_M > (q_top_M if DIRECTION == FORWARD else p_top_M), here_M, center_M)
         p_top_M, q_top_M = tl.maximum(p_top_M, p_M), tl.maximum(q_top_M, q_M)
@@ -158,20 +163,18 @@ def kl_combine_kernel(
     for slot in range(0, S, SLOTS):
         place_SM, mask_SM = _slots(slot, S, T, i_M, live_M, SLOTS)
         p_SM = tl.load(partial + place_SM, mask=mask_SM, other=float("-inf"))
-        q_SM = tl.load(partial + 2 * stride + place_SM, mask=mask_SM, other=float("-inf"))
-        p_part_SM = tl.load(partial + stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
-        q_part_SM = tl.load(partial + 3 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
+        q_SM = tl.load(partial + 3 * stride + place_SM, mask=mask_SM, other=float("-inf"))
+        p_part_SM = _sum_of_terms(partial + stride, stride, place_SM, mask_SM)
+        q_part_SM = _sum_of_terms(partial + 4 * stride, stride, place_SM, mask_SM)
         p_factor_SM, q_factor_SM = _factor(p_SM - p_shift_M[None, :]), _factor(q_SM - q_shift_M[None, :])
         p_sum_M += tl.sum(p_factor_SM * p_part_SM, 0)
         q_sum_M += tl.sum(q_factor_SM * q_part_SM, 0)
         if DIRECTION != JSD:
             factor_SM, part_SM = (q_factor_SM, q_part_SM) if DIRECTION == FORWARD else (p_factor_SM, p_part_SM)
-            center_SM = tl.load(
-                partial + (9 if DIRECTION == FORWARD else 5) * stride + place_SM, mask=mask_SM, other=0.0
-            )
-            slot_gap_SM = tl.load(partial + 6 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
-            slot_excess_SM = tl.load(partial + 7 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
-            apart_SM = tl.load(partial + 8 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
+            center_SM = tl.load(partial + 6 * stride + place_SM, mask=mask_SM, other=0.0)
+            slot_gap_SM = tl.load(partial + 7 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
+            slot_excess_SM = tl.load(partial + 8 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
+            apart_SM = tl.load(partial + 9 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64)
             step_SM = center_M[None, :].to(tl.float64) - center_SM.to(tl.float64)
             back_SM = excess64(-step_SM)  # exp(-step) - 1 + step
             moved_SM = (
@@ -185,7 +188,6 @@ def kl_combine_kernel(
             apart_SM = tl.where(apart_SM == 0.0, 0.0, apart_SM * tl.exp(above_SM.to(tl.float64)))
             excess_M += tl.sum(apart_SM, 0)
     p_log_M, q_log_M = tl.log(p_sum_M), tl.log(q_sum_M)
-    lse_M = p_shift_M.to(tl.float64) + p_log_M
     lse_gap_M = (p_shift_M.to(tl.float64) - q_shift_M.to(tl.float64)) + (p_log_M - q_log_M)
     n_M = tl.load(rows + first + i_M, mask=live_M, other=0)
     if DIRECTION != JSD:
@@ -203,65 +205,44 @@ def kl_combine_kernel(
         near_gap_M = center64_M + near_M
         lse_gap_M = tl.where(small_M, near_gap_M if DIRECTION == FORWARD else -near_gap_M, lse_gap_M)
         tl.store(value + n_M, divergence_M.to(tl.float32), mask=live_M)
-        target_M = _largest_entry(
-            partial, stride, S, T, i_M, live_M, lse_M, lse_gap_M, divergence_M, 0.0, 0.0, DIRECTION, M, SLOTS
-        )
-        tl.store(numbers + N_ALL + n_M, target_M.to(tl.float64), mask=live_M)
         tl.store(numbers + 3 * N_ALL + n_M, divergence_M, mask=live_M)
-    tl.store(numbers + n_M, lse_M, mask=live_M)
+    tl.store(numbers + n_M, p_shift_M.to(tl.float64) + p_log_M, mask=live_M)
+    tl.store(numbers + N_ALL + n_M, q_shift_M.to(tl.float64) + q_log_M, mask=live_M)
     tl.store(numbers + 2 * N_ALL + n_M, lse_gap_M, mask=live_M)
+    if LOGPROBS:
+        there_M = live_M & (tl.load(targets + i_M, mask=live_M, other=-1) >= 0)
+        zp_M = tl.load(target_logit + i_M, mask=there_M, other=0.0).to(tl.float64)
+        zq_M = tl.load(target_logit + T + i_M, mask=there_M, other=0.0).to(tl.float64)
+        tl.store(logprob + n_M, ((zp_M - p_shift_M) - p_log_M).to(tl.float32), mask=there_M)
+        tl.store(logprob + N_ALL + n_M, ((zq_M - q_shift_M) - q_log_M).to(tl.float32), mask=there_M)
 
 
 @triton.jit
 def kl_combine_mixture_kernel(
-    partial,  # fp32 [R, S, T], as `divergence.kl_fold` and `divergence.kl_mixture` write it
+    partial,  # fp32 [R, S, T], as `divergence.store_mixture` writes it
     rows, count, value, numbers, first, T, S, N_ALL, rest, weight, M: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """jsd: value fp32 [N_ALL], the target, and row 3 of numbers, the mean of log(p / m) under p. Grid: (cdiv(T, M),)."""
+    """jsd: value fp32 [N_ALL], and row 3 of numbers, the mean of log(p / m) under p. Grid: (cdiv(T, M),)."""
     i_M = tl.program_id(0) * M + tl.arange(0, M)
     live_M = (i_M < T) & (first + i_M < tl.load(count))
     stride = tl.cast(S, tl.int64) * T
     p_M, q_M, mean_M = tl.zeros((M,), tl.float64), tl.zeros((M,), tl.float64), tl.zeros((M,), tl.float64)
     for slot in range(0, S, SLOTS):
         place_SM, mask_SM = _slots(slot, S, T, i_M, live_M, SLOTS)
-        p_M += tl.sum(tl.load(partial + 6 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
-        q_M += tl.sum(tl.load(partial + 7 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
-        mean_M += tl.sum(tl.load(partial + 8 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
+        p_M += tl.sum(tl.load(partial + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
+        q_M += tl.sum(tl.load(partial + stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
+        mean_M += tl.sum(tl.load(partial + 2 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.float64), 0)
     n_M = tl.load(rows + first + i_M, mask=live_M, other=0)
     tl.store(value + n_M, (rest * p_M + weight * q_M).to(tl.float32), mask=live_M)
-    lse_M = tl.load(numbers + n_M, mask=live_M, other=0.0)
-    gap_M = tl.load(numbers + 2 * N_ALL + n_M, mask=live_M, other=0.0)
-    target_M = _largest_entry(partial, stride, S, T, i_M, live_M, lse_M, gap_M, mean_M, rest, weight, JSD, M, SLOTS)
-    tl.store(numbers + N_ALL + n_M, target_M.to(tl.float64), mask=live_M)
     tl.store(numbers + 3 * N_ALL + n_M, mean_M, mask=live_M)
 
 
 @triton.jit
-def _largest_entry(
-    partial, stride, S, T, i_M, live_M, lse_M, gap_M, mean_M, rest, weight, DIRECTION: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr
-):  # fmt: skip
-    """The column of the largest entry of the gradient among the likeliest of each slot; past all columns where there is none."""
-    best_M, target_M = tl.full((M,), -1.0, tl.float32), tl.full((M,), 2147483647, tl.int32)
-    lse_M, gap_M, mean_M = lse_M.to(tl.float32), gap_M.to(tl.float32), mean_M.to(tl.float32)
-    for slot in range(0, S, SLOTS):
-        place_SM, mask_SM = _slots(slot, S, T, i_M, live_M, SLOTS)
-        log_p_SM = tl.load(partial + place_SM, mask=mask_SM, other=float("-inf")) - lse_M[None, :]
-        column_SM = tl.load(partial + 4 * stride + place_SM, mask=mask_SM, other=0.0).to(tl.int32, bitcast=True)
-        r_SM = -tl.load(partial + 5 * stride + place_SM, mask=mask_SM, other=0.0) - gap_M[None, :]
-        p_SM = exponential(log_p_SM)
-        if DIRECTION == FORWARD:
-            size_SM = tl.abs(p_SM - exponential(log_p_SM - r_SM))
-        elif DIRECTION == REVERSE:
-            size_SM = p_SM * tl.abs(r_SM - mean_M[None, :])
-        else:
-            over_p_SM, _ = log_mixture(r_SM, rest, weight)
-            size_SM = p_SM * tl.abs(over_p_SM + mean_M[None, :])
-        size_SM = tl.where(mask_SM & (size_SM == size_SM), size_SM, -1.0)
-        size_M = tl.max(size_SM, 0)
-        column_M = tl.min(tl.where(size_SM == size_M[None, :], column_SM, 2147483647), 0)
-        target_M = tl.where(size_M > best_M, column_M, target_M)
-        best_M = tl.maximum(best_M, size_M)
-    return target_M
+def _sum_of_terms(small, stride, place_SM, mask_SM):
+    """fp64: terms below 1 and ones of a head's slots."""
+    below_SM = tl.load(small + place_SM, mask=mask_SM, other=0.0)
+    ones_SM = tl.load(small + stride + place_SM, mask=mask_SM, other=0.0)
+    return below_SM.to(tl.float64) + ones_SM.to(tl.float64)
 
 
 @triton.jit
