@@ -663,12 +663,11 @@ def test_matrix_work(kind, dtype, wants, logits, work):
 
 
 @on_the_host
+@pytest.mark.parametrize("_kernel_set", ["cuda"], indirect=True)  # Triton's interpreter allocates for itself
 @pytest.mark.parametrize(
     ("kind", "dtype", "workspace"), [("reverse", "fp32", 3.0), ("jsd", "fp32", None), ("forward", "bf16", 4.0)]
 )
 def test_the_bytes_of_the_plan_hold(monkeypatch, kind, dtype, workspace):
-    if under.name == "triton":
-        pytest.skip("the interpreter allocates for itself")
     if dtype == "bf16":  # products of 16-bit factors are widened on the host
         nothing = lambda a, b, out, *args: out.zero_()  # noqa: E731
         for module in (kl_forward_pass, kl_backward_pass, library):
@@ -746,9 +745,8 @@ def test_refusals():
 
 
 @on_the_host
+@pytest.mark.parametrize("_kernel_set", ["cuda"], indirect=True)  # Triton's kernels check nothing
 def test_bad_arguments_name_kernel_and_argument():
-    if under.name == "triton":
-        pytest.skip("its kernels check nothing")
     kernels = emulated_module()
     fold = dict.fromkeys(
         ("base", "other", "base_bias", "base_bias_dtype", "other_bias", "other_bias_dtype", "inverse_temperature", "targets", "base_target",

@@ -25,7 +25,7 @@ KL_TOKEN_ROWS = 17
 _ENTRY_TOP, _FACTOR_TOP = (
     13,
     15,
-)  # exponents of the largest numbers in a chunk, which rounding may double, and of its factors
+)  # exponents of the largest numbers in a chunk (rounding may double them), in its factors
 _HIDDEN_ROOM, _ENTRY_ROOM = 24, 10  # bits below them that hidden states and entries can spare
 _LEAST_BOUND = 2.0**-12  # of an entry: below it the rounding of the logits may outweigh the divergence
 _LEAST_EXPONENT = -64  # of hidden states beside an fp32 chunk
