@@ -19,7 +19,7 @@ _PLACES = ("tests/test_device*.py",)
 _GPU_PLACES = (
     "tests/test_gpu_backends*.py",
     "tests/test_*_device.py",
-)  # the first take an interpreter or an emulator on a CPU
+)  # the first interpret or emulate kernels on a CPU
 
 
 def find_device_tests(device: str, root: Path = ROOT) -> list[str]:

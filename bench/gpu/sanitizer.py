@@ -16,7 +16,7 @@ from bench.files import write_whole
 from bench.states import ROOT
 
 TOOLS = ("memcheck", "racecheck")
-TESTS = ("tests/test_gpu_backends.py", "tests/test_gpu_backends_routed.py")
+TESTS = tuple(f"tests/test_gpu_backends{part}.py" for part in ("", "_kl", "_routed"))
 SELECTION = "cuda and (test_values_and_gradients or test_statistics or test_many_slabs)"
 FOUND = 9  # exit status of a tool that found something
 SUMMARY = "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards"
