@@ -1,12 +1,17 @@
 """`--device`: where the tests of tests/test_device.py run. Everything else runs on the CPU, Triton's kernels in its interpreter."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        from fast_interpreter import make_fast
+
+        make_fast()
 
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that shared their threads would wait for each other
