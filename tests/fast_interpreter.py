@@ -2,7 +2,8 @@
 
 What it leaves out: jitted functions that others call search all names of `triton.language` for those to interpret, though the launch has
 done so; sums of integers are formed again in 64 bits for an overflow check whose verdict is dropped, as the interpreter's `debug` is off;
-types and shapes are built, checked and named for each intermediate result, though there are few of them.
+types and shapes are built, checked and named for each intermediate result, though there are few of them; tensors of the CPU are copied to
+the CPU, in a cycle of references that keeps their memory until it is collected.
 """
 
 from functools import cache
@@ -22,6 +23,8 @@ def replacements() -> list[tuple[object, str, object]]:
     return [
         (interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
         (interpreter.InterpretedFunction, "__call__", _call),
+        (interpreter.GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs)),
+        (interpreter.GridExecutor, "_restore_args_dev", lambda self, *args: None),
         (interpreter, "_patch_attr", _patch_attr),
         (interpreter, "_patch_lang", _patch_once(interpreter._patch_lang)),
         (interpreter, "_get_np_dtype", _remembered(interpreter._get_np_dtype)),
@@ -91,14 +94,14 @@ def _remembered(original):
 def _remembered_blocks(original):
     known: dict[tuple, dict] = {}
 
-    def __init__(self, element_ty, shape):
+    def init(self, element_ty, shape):
         found = known.get((element_ty.name, *shape)) if all(type(size) is int for size in shape) else None
         if found is None:
             original(self, element_ty, shape)
             found = known[(element_ty.name, *self.shape)] = self.__dict__.copy()
         self.__dict__.update(found)
 
-    return __init__
+    return init
 
 
 @cache
@@ -112,10 +115,10 @@ def _tensor_init(self, handle, type):
 
 
 def _same_first(original):
-    def __eq__(self, other):
+    def equal(self, other):
         return self is other or original(self, other)
 
-    return __eq__
+    return equal
 
 
 def _plain_first(original):
