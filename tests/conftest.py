@@ -1,5 +1,6 @@
 """`--device`: where the tests of tests/test_device.py run. Everything else runs on the CPU, Triton's kernels in its interpreter."""
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -27,6 +28,16 @@ def pytest_ignore_collect(collection_path, config):
     if collection_path.name == "test_pair_loss_device.py" and config.getoption("--device") == "cpu":
         return True
     return None
+
+
+def pytest_collection_finish():
+    """Ten thousand tests and all that they import, which each full collection of garbage would go through."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture
