@@ -1,12 +1,18 @@
 """`--device`: where the tests of tests/test_device.py run. Everything else runs on the CPU, Triton's kernels in its interpreter."""
 
+import gc
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        from fast_interpreter import make_fast
+
+        make_fast()
 
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that shared their threads would wait for each other
@@ -22,6 +28,16 @@ def pytest_ignore_collect(collection_path, config):
     if collection_path.name == "test_pair_loss_device.py" and config.getoption("--device") == "cpu":
         return True
     return None
+
+
+def pytest_collection_finish():
+    """Ten thousand tests and all that they import, which each full collection of garbage would go through."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture

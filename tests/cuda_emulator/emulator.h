@@ -40,12 +40,14 @@ namespace emulator {
 constexpr size_t kStack = 256 << 10;
 constexpr size_t kShared = 232 << 10;
 
+struct Block;
+
 struct Fiber {
-  ucontext_t context;
   jmp_buf resume;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;  // empty: never ran, or was left in the midst of a block that failed
+  Block* block = nullptr;
   dim3 thread;
-  bool started = false, done = false;
+  bool done = false;
   std::function<bool()> ready;  // empty: runs on
   const char* waits_for = "";
 };
@@ -64,7 +66,7 @@ struct Warp {
 struct Block {
   dim3 index, grid, size;
   unsigned char* shared = nullptr;
-  std::vector<Fiber> fibers;
+  Fiber* fibers = nullptr;  // one a thread
   std::vector<Warp> warps;
   Meeting all;
   Meeting named[16];
@@ -106,51 +108,73 @@ inline void meet(Meeting& meeting, int expected, const char* what) {
 
 inline int linear_thread() { return (int)block().current->thread.x; }
 
+struct Shown {
+  const unsigned char (*slots)[64];
+
+  template <class T>
+  T of(int lane) const {
+    T value;
+    std::memcpy(&value, slots[lane], sizeof value);
+    return value;
+  }
+};
+
+// What each lane of the calling warp shows, until it shows something else twice.
 template <class T>
-inline T exchange(T value, int from_lane) {
+inline Shown show(const T& own) {
   static_assert(sizeof(T) <= 64);
-  const int thread = linear_thread(), lane = thread % 32;
+  const int thread = linear_thread();
   Warp& warp = block().warps[thread / 32];
   auto& slots = warp.slot[warp.meeting.generation % 2];
-  std::memcpy(slots[lane], &value, sizeof value);
-  meet(warp.meeting, 32, "an exchange within its warp");
-  T found;
-  std::memcpy(&found, slots[from_lane], sizeof found);
-  return found;
+  std::memcpy(slots[thread % 32], &own, sizeof own);
+  meet(warp.meeting, 32, "the lanes of its warp");
+  return {slots};
 }
 
+template <class T>
+inline T exchange(const T& value, int from_lane) {
+  return show(value).template of<T>(from_lane);
+}
+
+// A thread of block after block: to begin a fiber anew costs more than most blocks.
 inline void trampoline() {
-  Block& b = block();
-  try {
-    b.body();
-  } catch (...) {
-    b.error = std::current_exception();
+  Fiber& fiber = *block().current;
+  for (;;) {
+    Block& b = *fiber.block;
+    try {
+      b.body();
+    } catch (...) {
+      b.error = std::current_exception();
+    }
+    fiber.done = true;
+    --b.running;
+    if (!_setjmp(fiber.resume)) _longjmp(b.scheduler, 1);
   }
-  b.current->done = true;
-  --b.running;
-  _longjmp(b.scheduler, 1);
 }
 
 inline void step(Block& b, Fiber& fiber) {
   b.current = &fiber;
   if (_setjmp(b.scheduler)) return;
-  if (!fiber.started) {
-    fiber.started = true;
-    setcontext(&fiber.context);
-  }
-  _longjmp(fiber.resume, 1);
+  if (fiber.stack) _longjmp(fiber.resume, 1);
+  fiber.stack.reset(new char[kStack]);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, trampoline, 0);
+  setcontext(&context);
 }
 
 inline std::string describe_waiting(const Block& b, const char* name) {
   std::string text = std::string(name) + ": threads wait for ever:";
-  for (const Fiber& fiber : b.fibers)
-    if (!fiber.done && fiber.thread.x % 32 == 0)
-      text += " thread " + std::to_string(fiber.thread.x) + " for " + fiber.waits_for + ";";
+  for (unsigned t = 0; t < b.size.x; t += 32)
+    if (!b.fibers[t].done) text += " thread " + std::to_string(t) + " for " + b.fibers[t].waits_for + ";";
   return text;
 }
 
 inline void run_block(Block& b, const char* name, bool backwards) {
-  const int threads = (int)b.fibers.size();
+  const int threads = (int)b.size.x;
   b.running = threads;
   while (b.running) {
     bool moved = false;
@@ -174,18 +198,6 @@ inline void run_block(Block& b, const char* name, bool backwards) {
   }
 }
 
-inline void start_fiber(Fiber& fiber, unsigned thread) {
-  fiber.thread = dim3(thread, 0, 0);
-  fiber.started = fiber.done = false;
-  fiber.ready = nullptr;
-  if (fiber.stack.empty()) fiber.stack.resize(kStack);
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.data();
-  fiber.context.uc_stack.ss_size = fiber.stack.size();
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, trampoline, 0);
-}
-
 inline void run(const char* name, dim3 grid, int threads, size_t shared_bytes, std::function<void()> body) {
   if (threads % 32 || threads > 1024) throw std::runtime_error(std::string(name) + ": bad number of threads");
   if (shared_bytes > kShared) throw std::runtime_error(std::string(name) + ": too much shared memory");
@@ -202,10 +214,13 @@ inline void run(const char* name, dim3 grid, int threads, size_t shared_bytes, s
         b.body = body;
         b.warps.resize(threads / 32);
         std::memset(shared, 0xff, sizeof shared);
-        b.fibers.swap(fibers);
-        std::vector<Fiber> rest(std::make_move_iterator(b.fibers.begin() + threads), std::make_move_iterator(b.fibers.end()));
-        b.fibers.resize(threads);
-        for (int t = 0; t < threads; ++t) start_fiber(b.fibers[t], t);
+        b.fibers = fibers.data();
+        for (int t = 0; t < threads; ++t) {
+          fibers[t].block = &b;
+          fibers[t].thread = dim3(t, 0, 0);
+          fibers[t].done = false;
+          fibers[t].ready = nullptr;
+        }
         block_pointer() = &b;
         std::exception_ptr error;
         try {
@@ -216,10 +231,10 @@ inline void run(const char* name, dim3 grid, int threads, size_t shared_bytes, s
           }
         } catch (...) {
           error = std::current_exception();
+          for (int t = 0; t < threads; ++t)
+            if (!fibers[t].done) fibers[t].stack.reset();
         }
         block_pointer() = nullptr;
-        fibers.swap(b.fibers);
-        fibers.insert(fibers.end(), std::make_move_iterator(rest.begin()), std::make_move_iterator(rest.end()));
         if (error) std::rethrow_exception(error);
       }
 }
@@ -295,7 +310,7 @@ inline unsigned bits_of(half x) { return x.bits; }
 
 inline void __syncthreads() {
   auto& b = ::isdaa::emulator::block();
-  ::isdaa::emulator::meet(b.all, (int)b.fibers.size(), "__syncthreads");
+  ::isdaa::emulator::meet(b.all, (int)b.size.x, "__syncthreads");
 }
 inline void __syncwarp(unsigned = 0xffffffffu) { ::isdaa::emulator::exchange(0, 0); }
 
@@ -314,7 +329,8 @@ inline T __shfl_up_sync(unsigned, T value, unsigned distance) {
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {
   unsigned all = 0;
-  for (int lane = 0; lane < 32; ++lane) all |= (unsigned)(::isdaa::emulator::exchange(predicate, lane) != 0) << lane;
+  const ::isdaa::emulator::Shown shown = ::isdaa::emulator::show(predicate);
+  for (int lane = 0; lane < 32; ++lane) all |= (unsigned)(shown.of<int>(lane) != 0) << lane;
   return all;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }

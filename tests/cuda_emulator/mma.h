@@ -27,33 +27,10 @@ inline Copies& copies() {
     ~End() { all_copies().clear(); }
   };
   if (all_copies().empty()) {
-    all_copies().resize(block().fibers.size());
+    all_copies().resize(block().size.x);
     defer([end = std::make_shared<End>()] {});
   }
   return all_copies()[linear_thread()];
-}
-
-struct Shown {
-  const unsigned char (*slots)[64];
-
-  template <class T>
-  T of(int lane) const {
-    T value;
-    std::memcpy(&value, slots[lane], sizeof value);
-    return value;
-  }
-};
-
-// What each lane of the calling warp shows, until it shows something else twice.
-template <class T>
-inline Shown show(const T& own) {
-  static_assert(sizeof(T) <= 64);
-  const int thread = linear_thread();
-  Warp& warp = block().warps[thread / 32];
-  auto& slots = warp.slot[warp.meeting.generation % 2];
-  std::memcpy(slots[thread % 32], &own, sizeof own);
-  meet(warp.meeting, 32, "the lanes of its warp");
-  return {slots};
 }
 
 inline void expect_sixteen(const void* address, const char* what) {
