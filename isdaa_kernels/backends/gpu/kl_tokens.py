@@ -4,7 +4,8 @@ A 16-bit gradient chunk is fp16: the entries of each token times a power of two,
 2 ** 14. In d_weight's product a hidden state is fp16 too, times 2 ** of_hidden, and the sum of both exponents is the same for all tokens:
 what a token is fainter than the call's largest is taken from its hidden states first, as far as the digits of bf16 are safe, then from
 its entries, as far as a flat softmax over 128 k rows is, then from its hidden states, so that its d_hidden never suffers. bf16 weights
-are multiplied as fp16 times one power of two. fp32 chunks are in units of a token's largest coefficient, and its hidden states bear the
+are multiplied as fp16 times one power of two, so that those below 2 ** -29 of the weight's largest number lose digits in d_hidden, and
+those below 2 ** -39 vanish from it. fp32 chunks are in units of a token's largest coefficient, and its hidden states bear the
 rest.
 
 N tokens of the call, T tokens of a slab, D hidden size, V vocabulary.
@@ -22,10 +23,8 @@ from isdaa_kernels.divergence import Divergence, KlGradient
 # bias; 0; exponent of d_hidden; difference of the log-sum-exps, of reverse plus the mean of log(p / q), in two parts; mean of log(p / m) in
 # two parts; coefficient of the log-prob, and times 1 - p of the target; 2 ** exponent of the hidden states in d_weight's product.
 KL_TOKEN_ROWS = 17
-_ENTRY_TOP, _FACTOR_TOP = (
-    13,
-    15,
-)  # exponents of the largest numbers in a chunk (rounding may double them), in its factors
+# Exponents of the largest numbers in a chunk (rounding may double them), and in its factors.
+_ENTRY_TOP, _FACTOR_TOP = 13, 15
 _HIDDEN_ROOM, _ENTRY_ROOM = 24, 10  # bits below them that hidden states and entries can spare
 _LEAST_BOUND = 2.0**-12  # of an entry: below it the rounding of the logits may outweigh the divergence
 _LEAST_EXPONENT = -64  # of hidden states beside an fp32 chunk
