@@ -662,6 +662,16 @@ def test_matrix_work(kind, dtype, wants, logits, work):
     assert made.units == logits + work
 
 
+@pytest.mark.parametrize(("kind", "below"), [("reverse", 20.0), ("reverse", 30.0), ("jsd", 40.0)])
+def test_rows_that_no_token_expects(kind, below):
+    """Half of the vocabulary e^-20 to e^-40 as likely as the rest: rows of d_weight keep their digits, though fp16 has none for them."""
+    pair = pair_of(40, 8, 200, DTYPES["bf16"])
+    for head in (pair.head, pair.reference_head):
+        head.bias[100:] -= below
+    *_, d_weight, _ = assert_contract(pair, **KINDS[kind])
+    assert (d_weight[100:] != 0).any(1).all()
+
+
 @on_the_host
 @pytest.mark.parametrize("_kernel_set", ["cuda"], indirect=True)  # Triton's interpreter allocates for itself
 @pytest.mark.parametrize(
@@ -754,9 +764,10 @@ def test_bad_arguments_name_kernel_and_argument():
          "other_scale", "other_softcap", "divergence"), 0,
     )  # fmt: skip
     gradient = dict.fromkeys(
-        ("policy", "reference", "out", "low", "out_dtype", "policy_bias", "policy_bias_dtype", "reference_bias", "reference_bias_dtype",
-         "targets", "tokens", "live", "bias_sums", "T", "begin", "end", "stride_policy", "stride_reference", "stride_out", "policy_scale",
-         "policy_softcap", "reference_scale", "reference_softcap", "low_factor", "direction", "jsd_weight"), 0,
+        ("policy", "reference", "out", "low", "out_dtype", "low_dtype", "policy_bias", "policy_bias_dtype", "reference_bias",
+         "reference_bias_dtype", "targets", "tokens", "live", "bias_sums", "T", "begin", "end", "stride_policy", "stride_reference",
+         "stride_out", "policy_scale", "policy_softcap", "reference_scale", "reference_softcap", "low_factor", "direction", "jsd_weight"),
+        0,
     )  # fmt: skip
     for kernel, arguments, changes, message in (
         ("fold", fold, {"begin": 5}, "begin: expected the beginning of a slot, got 5"),
@@ -766,6 +777,7 @@ def test_bad_arguments_name_kernel_and_argument():
         ("fold", fold, {"T": 1}, "base: expected a tensor, got none"),
         ("gradient", gradient, {"low": 1}, "low: expected none beside a gradient that is not fp16"),
         ("gradient", gradient, {"out_dtype": 2}, "out_dtype: expected 0 or 1, got 2"),
+        ("gradient", gradient, {"out_dtype": 1, "low": 1}, "low_dtype: expected 1 or 2, got 0"),
         ("gradient", gradient, {"direction": 3}, "direction: expected 0, 1 or 2, got 3"),
     ):
         with pytest.raises(ValueError, match=f"linear_kl_{kernel}: {message}"):

@@ -129,15 +129,15 @@ struct KlMixtureSum {
   ISDAA_FIELDS(partial, rows, count, divergence, numbers, first, T, N, S, jsd_weight)
 };
 
-// The gradient of the policy's product, 0 for a token that is not live, in one part, or in fp16 in two: rounded, and what that leaves
-// times `low_factor`. Each may be written over the fp32 rows that it comes from, at the address of its row: a block reads a stretch of
+// The gradient of the policy's product, 0 for a token that is not live, in one part, or in two: rounded to fp16, and in fp16 or bf16 what
+// that leaves times `low_factor`. Each may be written over the fp32 rows that it comes from, at the address of its row: a block reads a stretch of
 // both rows before it writes there, and writes no faster than it reads.
 struct KlGradient {
   const float* policy;     // [T, C]: the product for the vocabulary rows [begin, end)
   const float* reference;  // [T, C]
   void* out;               // [T, C]
   void* low;               // [T, C] of the same strides, or null
-  int32_t out_dtype;
+  int32_t out_dtype, low_dtype;
   const void* policy_bias;  // [V], or null
   int32_t policy_bias_dtype;
   const void* reference_bias;  // [V], or null
@@ -151,8 +151,8 @@ struct KlGradient {
   int32_t direction;
   double jsd_weight;
 
-  ISDAA_FIELDS(policy, reference, out, low, out_dtype, policy_bias, policy_bias_dtype, reference_bias, reference_bias_dtype, targets, tokens,
-               live, bias_sums, T, begin, end, stride_policy, stride_reference, stride_out, policy_scale, policy_softcap, reference_scale,
+  ISDAA_FIELDS(policy, reference, out, low, out_dtype, low_dtype, policy_bias, policy_bias_dtype, reference_bias, reference_bias_dtype,
+               targets, tokens, live, bias_sums, T, begin, end, stride_policy, stride_reference, stride_out, policy_scale, policy_softcap, reference_scale,
                reference_softcap, low_factor, direction, jsd_weight)
 };
 

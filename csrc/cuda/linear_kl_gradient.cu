@@ -7,14 +7,15 @@ namespace {
 
 const char* kName = "linear_kl_gradient";
 
-template <class Out, bool kLow>
+template <class Out, bool kLow, class Low = half>
 void launch_out(const KlGradient& p, cudaStream_t stream) {
   const bool wide = rows_aligned(p.policy, p.stride_policy, 1, sizeof(float)) &&
                     rows_aligned(p.reference, p.stride_reference, 1, sizeof(float)) &&
-                    rows_aligned(p.out, p.stride_out, 1, sizeof(Out)) && (!kLow || rows_aligned(p.low, p.stride_out, 1, sizeof(Out)));
+                    rows_aligned(p.out, p.stride_out, 1, sizeof(Out)) && (!kLow || rows_aligned(p.low, p.stride_out, 1, sizeof(Low)));
   const dim3 grid(grid_x(p.bias_sums ? ceil_div(p.T, kKlBiasRows) : p.T, kName));
-  auto kernel = wide ? (p.bias_sums ? linear_kl_gradient_kernel<Out, kLow, true, true> : linear_kl_gradient_kernel<Out, kLow, true, false>)
-                     : (p.bias_sums ? linear_kl_gradient_kernel<Out, kLow, false, true> : linear_kl_gradient_kernel<Out, kLow, false, false>);
+  auto kernel =
+      wide ? (p.bias_sums ? linear_kl_gradient_kernel<Out, Low, kLow, true, true> : linear_kl_gradient_kernel<Out, Low, kLow, true, false>)
+           : (p.bias_sums ? linear_kl_gradient_kernel<Out, Low, kLow, false, true> : linear_kl_gradient_kernel<Out, Low, kLow, false, false>);
   launch(kernel, kName, grid, kGradientThreads, 0, stream, p);
 }
 
@@ -35,7 +36,9 @@ void linear_kl_gradient(const KlGradient& p, cudaStream_t stream) {
   expect(!p.low || p.out_dtype == kFloat16, kName, "low", "none beside a gradient that is not fp16", 1);
   if (p.out_dtype == kFloat32) return launch_out<float, false>(p, stream);
   expect(p.out_dtype == kFloat16, kName, "out_dtype", "0 or 1", p.out_dtype);
-  return p.low ? launch_out<half, true>(p, stream) : launch_out<half, false>(p, stream);
+  if (!p.low) return launch_out<half, false>(p, stream);
+  expect(p.low_dtype == kFloat16 || p.low_dtype == kBfloat16, kName, "low_dtype", "1 or 2", p.low_dtype);
+  return p.low_dtype == kFloat16 ? launch_out<half, true>(p, stream) : launch_out<half, true, bf16>(p, stream);
 }
 
 }  // namespace isdaa

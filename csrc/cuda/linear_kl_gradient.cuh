@@ -45,7 +45,7 @@ struct KlEntry {
 };
 
 // Grid: a block for each row, or for each kKlBiasRows rows where their sums over tokens are wanted.
-template <class Out, bool kLow, bool kWide, bool kBiasSums>
+template <class Out, class Low, bool kLow, bool kWide, bool kBiasSums>
 __global__ void __launch_bounds__(kGradientThreads, 2) linear_kl_gradient_kernel(const __grid_constant__ KlGradient p) {
   constexpr int kRows = kBiasSums ? kKlBiasRows : 1;
   const int64_t columns = p.end - p.begin;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2) linear_kl_gradient_kernel
         float low[kGradientCount];
 #pragma unroll
         for (int k = 0; k < kGradientCount; ++k) low[k] = (g[k] - widen(narrow<Out>(g[k]))) * p.low_factor;
-        store_row<kWide>(static_cast<Out*>(p.low) + row * p.stride_out, begin, columns, 1, low);
+        store_row<kWide>(static_cast<Low*>(p.low) + row * p.stride_out, begin, columns, 1, low);
       }
       store_row<kWide>(static_cast<Out*>(p.out) + row * p.stride_out, begin, columns, 1, g);
     }

@@ -51,6 +51,7 @@ class KlKernels:
         assert low is None or low.stride() == out.stride()
         launch(
             "linear_kl_gradient", policy.device, policy=policy, reference=reference, out=out, low=low, out_dtype=out.dtype,
+            low_dtype=dtype_of(low),
             targets=targets, tokens=tokens, live=live, bias_sums=bias_sums, T=len(policy), begin=begin, end=end,
             stride_policy=policy.stride(0), stride_reference=reference.stride(0), stride_out=out.stride(0), low_factor=1 / LOW_SCALE,
             direction=DIRECTIONS.index(direction), jsd_weight=jsd_weight, **_heads(**heads),

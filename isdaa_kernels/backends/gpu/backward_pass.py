@@ -165,7 +165,7 @@ class Slab:
         self.live_T = None  # the fused kernel counts for itself
         if sweep.tile is None:
             self.live_T = (torch.arange(first, first + sweep.T, device=rows_T.device) < live.count).to(torch.uint8)
-        self.factor_TD = self.hidden_TD  # of d_weight
+        self.factors_TD = [self.hidden_TD]  # of d_weight, for each part of the gradient
         self.is_first, self.is_last = first == 0, first + sweep.T >= live.capacity
 
 

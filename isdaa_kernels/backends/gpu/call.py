@@ -25,12 +25,12 @@ def reference_dtype(problem: Problem) -> torch.dtype:
 
 
 def gradient_parts(problem: Problem) -> tuple[int, int]:
-    """How many fp16 numbers, high and low, an entry of the gradient chunk is in the products for d_hidden and for d_weight.
+    """How many 16-bit numbers, high and low, an entry of the gradient chunk is in the products for d_hidden and for d_weight.
 
     Two heads' gradients have no one entry that outweighs the others and could stand outside the chunk, but fp16 rounds by an eighth of
     what rounding bf16 results takes, so that one part is enough for their d_hidden. A row of d_weight may be all of entries that fp16
-    does not hold beside a token's largest; the low part has 11 bits more, and what the high part rounds off, which fp16 results keep.
-    Entries below 2 ** -40 of the token's largest lose digits all the same: a row of d_weight that has no others is not exact in bf16."""
+    does not hold beside a token's largest: the low part, in the dtype of the factors, does, bf16 over the whole range of fp32. Of fp16
+    results it keeps what the high part rounds off."""
     if problem.divergence is None or product_dtype(problem) == torch.float32:
         return 1, 1
     return (1, 2) if product_dtype(problem) == torch.bfloat16 else (2, 2)

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from isdaa_kernels.dispatch import Problem
 
-LOW_SCALE = (
-    2.0**-11
-)  # of the low part of a gradient chunk in two parts: fp16 rounds off no more than the last of its 11 bits
+# Of the low part of a gradient chunk in two parts: fp16 rounds off no more than the last of its 11 bits.
+LOW_SCALE = 2.0**-11
 
 
 class FusedTile(Protocol):

@@ -1,8 +1,9 @@
 """Backward of `linear_kl`: both heads' products of a slab and a chunk are recomputed into a chunk of gradients of the policy's, which the
 library multiplies into d_hidden and d_weight, as in `backward_pass`.
 
-Of 16-bit factors the chunk is fp16, in one or two parts (`call.gradient_parts`), each token times its power of two (`kl_tokens`), and so
-are its factors: bf16 ones are made fp16, times powers of two, a slab of hidden states and a chunk of the weight at a time.
+Of 16-bit factors the chunk is fp16, each token times its power of two (`kl_tokens`), and so are its factors: bf16 ones are made fp16,
+times powers of two, a slab of hidden states and a chunk of the weight at a time. Where it has a second part (`call.gradient_parts`), what
+rounding to fp16 left, that is in the factors' own dtype.
 
 T tokens of a slab, C vocabulary rows of a chunk, D hidden size (E that of the reference), V vocabulary.
 """
@@ -64,12 +65,14 @@ class KlSweep(backward_pass.Sweep):
         self.upstream = KlUpstream(
             call.problem.divergence, grad, live, self.head, numbers_4N, logprob_2N, self.hidden_ND, narrow, exponent
         )
-        self.order = self.logits_TC = self.reference_TC = self.factor_slab = self.factor_rows = None
+        self.order = self.logits_TC = self.reference_TC = self.factor_rows = None
+        self.factor_slabs: list[HiddenSlab] = []
         self.parts_TC = []
         slab = lambda hidden_ND, dtype: HiddenSlab(call.kernels, hidden_ND, live, self.T, dtype)  # noqa: E731
         self.reference_slab = slab(reference.hidden_ND, reference_dtype(self.problem))
         if narrow and self.problem.need_weight:
-            self.factor_slab = slab(self.hidden_ND, torch.float16)
+            dtypes = dict.fromkeys((torch.float16, self.dtype))  # of the first part, of the second
+            self.factor_slabs = [slab(self.hidden_ND, dtype) for dtype in dtypes]
         if call.converts_weight:
             self.factor_rows = NarrowRows(call.kernels, self.weight_VD, C, exponent)
 
@@ -82,14 +85,14 @@ class KlSweep(backward_pass.Sweep):
         if self.logits_TC is not None:
             self.reference_TC = empty(torch.float32)
         if self.call.parts == 2:
-            low_TC = self.reference_TC.view(torch.float16) if self.call.in_place else empty(torch.float16)
-            self.parts_TC.append(low_TC)
+            self.parts_TC.append(self.reference_TC.view(self.dtype) if self.call.in_place else empty(self.dtype))
 
     def slab(self, first: int, hidden: HiddenSlab) -> backward_pass.Slab:
         slab = super().slab(first, hidden)
         self.reference_slab.load(first)
-        if self.factor_slab is not None:
-            slab.factor_TD = self.factor_slab.load(first, slab.tokens[16])
+        if self.factor_slabs:
+            factors_TD = [factor.load(first, slab.tokens[16]) for factor in self.factor_slabs]
+            slab.factors_TD = [factors_TD[0], factors_TD[-1]]
         return slab
 
     def chunk(self, span: tuple[int, int]) -> backward_pass.Chunk:

@@ -44,8 +44,8 @@ def accumulate(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     return torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, alpha=scale, out=out)
 
 
-def add_parts(parts: Sequence[Tensor], b: Tensor, out: Tensor, is_first: bool) -> None:
-    """out (fp32) = or += the product of b and a chunk of the gradient, made of its parts (`call.gradient_parts`)."""
-    (product if is_first else accumulate)(parts[0], b, out)
-    for low in parts[1:]:
-        accumulate(low, b, out, LOW_SCALE)
+def add_parts(parts: Sequence[Tensor], factors: Sequence[Tensor], out: Tensor, is_first: bool) -> None:
+    """out (fp32) = or += the sum of the products of a gradient chunk's parts (`call.gradient_parts`), each with the factor of its dtype."""
+    (product if is_first else accumulate)(parts[0], factors[0], out)
+    for low, factor in zip(parts[1:], factors[1:], strict=False):
+        accumulate(low, factor, out, LOW_SCALE)

@@ -213,9 +213,10 @@ def _backward_bytes(call: Call, T: int, C: int, split: bool) -> int:
 
 
 def _narrow_bytes(call: Call, T: int, C: int) -> int:
-    """fp16 factors of the gradient chunk, times powers of two: a slab of hidden states, a chunk of the weight."""
+    """Factors of the gradient chunk, times powers of two: a slab of hidden states in fp16 and in their own dtype, a chunk of the weight."""
     problem = call.problem
-    hidden = T * (problem.D + 8) * 2 if problem.need_weight and call.gradient_dtype == torch.float16 else 0
+    slabs = 0 if call.gradient_dtype != torch.float16 else 1 if call.dtype == torch.float16 else 2
+    hidden = slabs * T * (problem.D + 8) * 2 * problem.need_weight
     return hidden + (min(C, problem.V) * (problem.D + 12) * 2 + 8 * problem.V if call.converts_weight else 0)
 
 

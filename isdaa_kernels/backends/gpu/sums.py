@@ -52,7 +52,7 @@ class HiddenSum:
     def add(self, slab, chunk, g: list[Tensor], _) -> None:
         """g: the gradient [T, C] in its parts."""
         sum_TD = self.sum_ND if self.one_slab else self.sum_ND[slab.first : slab.first + len(g[0])]
-        add_parts(g[: self.parts], chunk.factor_CD, sum_TD, chunk.is_first)
+        add_parts(g[: self.parts], [chunk.factor_CD] * self.parts, sum_TD, chunk.is_first)
         if chunk.is_last:
             finish_hidden_rows(self.sweep, slab, sum_TD, self.out_ND)
 
@@ -77,7 +77,7 @@ class WeightSum:
         for row in range(0, C, self.rows):
             sum_RD = self.sum_RD[: min(self.rows, C - row)]
             pieces = [part_TC[:, row : row + len(sum_RD)].T for part_TC in g[: self.parts]]
-            add_parts(pieces, slab.factor_TD, sum_RD, slab.is_first)
+            add_parts(pieces, slab.factors_TD, sum_RD, slab.is_first)
             if slab.is_last:
                 finish_rows(self.sweep, self.sweep.hidden_ND, sum_RD, begin + row, self.out_VD)
 

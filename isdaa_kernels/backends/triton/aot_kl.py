@@ -19,7 +19,7 @@ SIZES = ("E", "stride_policy", "stride_reference", *(f"stride_{name}_{part}" for
 def pointers(kernel: str, own: str, tile: TileConfig, dtype: str, tma: bool) -> dict[str, str]:
     """Types by the names of the arguments; own: of hidden and weight, whose gradient's chunk is fp16."""
     types = dict.fromkeys(("value", "partial", "policy", "reference", "target_logit", "logprob"), "*fp32")
-    types |= {"numbers": "*fp64", "targets": "*i32", "out": "*fp16", "low": "*fp16"}
+    types |= {"numbers": "*fp64", "targets": "*i32", "out": "*fp16", "low": own}
     for name in ("policy", "reference"):
         types |= {f"{name}_bias": own, f"{name}_hidden": own, f"{name}_weight": own}
         if tma and kernel in PRODUCTS:
