@@ -22,10 +22,8 @@ from isdaa_kernels.testing import dense_logprob
 
 BETA = 0.1
 TRL_CHUNK = 32768  # what TRL's trainers pass
-DIVERGENCES = {
-    "reverse_kl": "reverse",
-    "jsd": "jsd",
-}  # objective -> direction of `linear_kl`, policy and reference of one head
+# objective -> direction of `linear_kl`, policy and reference of one head
+DIVERGENCES = {"reverse_kl": "reverse", "jsd": "jsd"}
 Function = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import torch
+from plain_loop import pad, prompt_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from isdaa_kernels import group_advantages, linear_logprob, linear_policy_loss, shift_targets
@@ -74,16 +75,11 @@ def write(model, tokenizer, prompts, group, max_new_tokens, reward):
     padding, which cost no matrix work."""
     rows, rewards = [], []
     for prompt in prompts:
-        text = prompt
-        if tokenizer.chat_template:
-            message = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")["input_ids"].to(
-            model.device
-        )
+        ids = prompt_ids(tokenizer, prompt)
+        prompts_GT = torch.tensor([ids] * group, device=model.device)
         written = model.generate(
-            ids.expand(group, -1),
-            attention_mask=torch.ones_like(ids).expand(group, -1),
+            prompts_GT,
+            attention_mask=torch.ones_like(prompts_GT),
             do_sample=True,
             top_k=0,  # answers of the policy itself, of which log-probs are taken
             top_p=1.0,
@@ -92,18 +88,12 @@ def write(model, tokenizer, prompts, group, max_new_tokens, reward):
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
         )
-        for answer in written[:, ids.shape[1] :].tolist():
+        for answer in written[:, len(ids) :].tolist():
             if tokenizer.eos_token_id in answer:
                 answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
-            rows.append((ids[0].tolist() + answer, [-100] * ids.shape[1] + answer))
+            rows.append((ids, answer))
             rewards.append(float(reward(prompt, tokenizer.decode(answer, skip_special_tokens=True))))
-    T = max(len(ids) for ids, _ in rows)
-    padded = [(ids + [0] * (T - len(ids)), labels + [-100] * (T - len(ids))) for ids, labels in rows]
-    input_ids, labels = (torch.tensor(part, device=model.device) for part in zip(*padded, strict=True))
-    lengths = torch.tensor([len(ids) for ids, _ in rows], device=model.device)
-    mask = torch.arange(T, device=model.device) < lengths[:, None]
-    batch = {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
-    return batch, torch.tensor(rewards, dtype=torch.float64, device=model.device)
+    return pad(rows, model.device), torch.tensor(rewards, dtype=torch.float64, device=model.device)
 
 
 if __name__ == "__main__":

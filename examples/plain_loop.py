@@ -53,14 +53,23 @@ def make_batch(tokenizer, pairs, device):
     rows = []
     for which in ("chosen", "rejected"):
         for pair in pairs:
-            prompt = pair["prompt"]
-            if tokenizer.chat_template:
-                prompt = tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-                )
-            ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+            ids = prompt_ids(tokenizer, pair["prompt"])
             answer = tokenizer(pair[which] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-            rows.append((ids + answer, [-100] * len(ids) + answer))
+            rows.append((ids, answer))
+    return pad(rows, device)
+
+
+def prompt_ids(tokenizer, prompt):
+    """Token ids of a prompt in the model's own chat template, where it has one."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+
+
+def pad(answered, device):
+    """input_ids, attention_mask and labels [S, T] of token ids of (prompt, answer); labels are -100 on prompts and padding."""
+    rows = [(ids + answer, [-100] * len(ids) + answer) for ids, answer in answered]
     T = max(len(ids) for ids, _ in rows)
     padded = [(ids + [0] * (T - len(ids)), labels + [-100] * (T - len(ids))) for ids, labels in rows]
     input_ids, labels = (torch.tensor(part, device=device) for part in zip(*padded, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isdaa_kernels.objectives import Objective, SamplerCorrection, TokenLogprob, get_objective
 from isdaa_kernels.objectives.objective import NEEDS, REDUCTIONS
-from isdaa_kernels.objectives.options import MAX_EXPONENT, is_finite_number
+from isdaa_kernels.objectives.options import MAX_EXPONENT, describe, is_finite_number
 from isdaa_kernels.objectives.sampler import off_policy_keep
 from isdaa_kernels.objectives.token_batch import LOG_RATIOS, Segments, k3
 from isdaa_kernels.objectives.token_metrics import token_metrics
@@ -331,7 +331,7 @@ def _is_packed(value: Tensor, N: int) -> bool:
 
 
 def _describe(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+    return f"{describe(value)} on {value.device}" if isinstance(value, Tensor) else describe(value)
 
 
 def _check_shapes(N: int, S: int, device: torch.device, inputs: TokenInputs) -> None:

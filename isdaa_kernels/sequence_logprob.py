@@ -6,6 +6,7 @@ Letters: N tokens of a packed batch, S sequences, T tokens of a padded row.
 import torch
 from torch import Tensor
 
+from isdaa_kernels.objectives.options import describe
 from isdaa_kernels.objectives.tokens import TokenPlace
 from isdaa_kernels.ops import segment_sum
 
@@ -81,7 +82,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, N: int, device: torch.device, *, valida
     Its values are looked at on the CPU only, as anywhere else that waits for the device, unless `validate`.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(f"cu_seqlens: expected a tensor [S + 1], got {_describe(cu_seqlens)}")
+        raise ValueError(f"cu_seqlens: expected a tensor [S + 1], got {describe(cu_seqlens)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.device != device:
@@ -102,20 +103,16 @@ def _check_arguments(
 ) -> None:
     if not logprob.is_floating_point() or logprob.ndim != (2 if cu_seqlens is None else 1):
         expected = "[S, T] (padded)" if cu_seqlens is None else "[N] (packed, with cu_seqlens)"
-        raise ValueError(f"logprob: expected a floating tensor {expected}, got {_describe(logprob)}")
+        raise ValueError(f"logprob: expected a floating tensor {expected}, got {describe(logprob)}")
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce: expected 'sum' or 'mean', got {reduce!r}")
     if mask is None and (cu_seqlens is None or reduce == "mean"):
         what = "a padded batch" if cu_seqlens is None else "reduce='mean'"
         raise ValueError(f"mask: expected a bool tensor {list(logprob.shape)} for {what}, got None")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != logprob.shape):
-        raise ValueError(f"mask: expected bool {list(logprob.shape)}, got {_describe(mask)}")
+        raise ValueError(f"mask: expected bool {list(logprob.shape)}, got {describe(mask)}")
     if token_weight is not None and token_weight.shape != logprob.shape:
-        raise ValueError(f"token_weight: expected {list(logprob.shape)}, got {_describe(token_weight)}")
+        raise ValueError(f"token_weight: expected {list(logprob.shape)}, got {describe(token_weight)}")
     for name, tensor in (("mask", mask), ("token_weight", token_weight)):
         if tensor is not None and tensor.device != logprob.device:
             raise ValueError(f"{name}: expected on {logprob.device}, got {tensor.device}")
-
-
-def _describe(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

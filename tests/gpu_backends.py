@@ -9,6 +9,7 @@ import torch
 from emulated_cuda import emulated_module
 
 from isdaa_kernels.backends.cuda import extension, shapes
+from isdaa_kernels.backends.gpu import plan as plans
 from isdaa_kernels.dispatch import Problem, backend_module, refusal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,6 +36,20 @@ class UnderTest:
 
 
 under = UnderTest()
+
+
+def use_small_slabs(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
+    """Several slabs of tokens, chunks of vocabulary and pieces of d_weight in a small problem; sizes: other names of `plan`."""
+    step = under.step
+    sizes = {
+        "SLAB_TOKENS": (2 * step, step),
+        "CHUNK_COLUMNS": (128,),
+        "WEIGHT_ROWS": 48,
+        "_FORWARD_TOKENS": step,
+        **sizes,
+    }
+    for name, size in sizes.items():
+        monkeypatch.setattr(plans, name, size)
 
 
 def names() -> list[str]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_backends import DEVICE, _under_test, under  # noqa: F401 (a fixture)
+from gpu_backends import DEVICE, _under_test, under, use_small_slabs  # noqa: F401 (a fixture)
 
 from isdaa_kernels import linear_logprob, linear_logprob_stats, logprob_from_logits, logprob_stats_from_logits
 from isdaa_kernels.backends.gpu import backward_pass
@@ -36,12 +36,7 @@ def _poison():
 
 @pytest.fixture
 def _small_slabs(monkeypatch):
-    """Several slabs of tokens, chunks of vocabulary and pieces of d_weight in a small problem."""
-    step = under.step
-    monkeypatch.setattr(plans, "SLAB_TOKENS", (2 * step, step))
-    monkeypatch.setattr(plans, "CHUNK_COLUMNS", (128,))
-    monkeypatch.setattr(plans, "WEIGHT_ROWS", 48)
-    monkeypatch.setattr(plans, "_FORWARD_TOKENS", step)
+    use_small_slabs(monkeypatch)
 
 
 def sample_of(N: int, D: int, V: int, dtype: torch.dtype, **options) -> Sample:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated_cuda import emulated_module
-from gpu_backends import DEVICE, names, under
+from gpu_backends import DEVICE, names, under, use_small_slabs
 from test_linear_kl import (
     DTYPES,
     HEADS,
@@ -25,7 +25,7 @@ from test_linear_kl import (
 from test_linear_kl import assert_contract as assert_contract_of
 from test_linear_kl import ours as ours_of
 from test_linear_kl_logprobs import assert_contract as assert_contract_of_all
-from test_linear_kl_logprobs import dense_all, run
+from test_linear_kl_logprobs import check_an_infinite_divergence, dense_all, run
 from test_linear_kl_logprobs import ours as all_of
 
 from isdaa_kernels import LMHead, check, explain_backends, linear_kl, ops, plan
@@ -51,11 +51,7 @@ def _kernel_set(request, monkeypatch):
 
 @pytest.fixture
 def _small_slabs(monkeypatch):
-    """Several slabs of tokens, chunks of vocabulary and pieces of d_weight in a small problem."""
-    monkeypatch.setattr(plans, "SLAB_TOKENS", (2 * under.step, under.step))
-    monkeypatch.setattr(plans, "CHUNK_COLUMNS", (128,))
-    monkeypatch.setattr(plans, "WEIGHT_ROWS", 48)
-    monkeypatch.setattr(plans, "_FORWARD_TOKENS", under.step)
+    use_small_slabs(monkeypatch)
 
 
 def pair_of(*args, **kwargs) -> Pair:
@@ -586,16 +582,7 @@ def test_the_last_digits_of_a_confident_policy(kind):
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_an_infinite_divergence_leaves_the_log_probs_alone(direction):
     """One model has no probability where the other has: with the coefficient 0 the divergence adds nothing."""
-    pair = pair_of(20, 8, 150)
-    (pair.reference_head if direction == "reverse" else pair.head).bias[7] = -math.inf
-    pair.targets[pair.targets == 7] = 8
-    found = ours_and_logprobs(pair, (0.0, 1.0), direction=direction)
-    assert (found[0] == math.inf).all()
-    masked = replace(pair, reference_head=pair_of(20, 8, 150).reference_head)
-    masked.head = replace(masked.head, bias=masked.head.bias.masked_fill(masked.head.bias == -math.inf, -1e4))
-    truth = run(masked, dense_all, (0.0, 1.0), torch.float64, direction="jsd")
-    for i in (1, 3, 4, 5):
-        assert relative_error(found[i], truth[i]) < 4e-6
+    check_an_infinite_divergence(lambda: pair_of(20, 8, 150), ours_and_logprobs, direction)
 
 
 @on_the_host

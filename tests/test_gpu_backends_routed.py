@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_backends import DEVICE, _under_test, under  # noqa: F401 (a fixture)
+from gpu_backends import DEVICE, _under_test, under, use_small_slabs  # noqa: F401 (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isdaa_kernels import Routed, VocabOrder, linear_logprob, linear_logprob_stats, ops
-from isdaa_kernels.backends.gpu import plan as plans
 from isdaa_kernels.dispatch import Problem, refusal
 from isdaa_kernels.lm_head import Transform
 from isdaa_kernels.routing import choose_routes
@@ -37,12 +36,7 @@ def _poison():
 
 @pytest.fixture
 def _small_slabs(monkeypatch):
-    """Several slabs of tokens, chunks of vocabulary in both directions and pieces of d_weight in a small problem."""
-    monkeypatch.setattr(plans, "SLAB_TOKENS", (2 * under.step, under.step))
-    monkeypatch.setattr(plans, "CHUNK_COLUMNS", (128,))
-    monkeypatch.setattr(plans, "ORDER_ROWS", 256)
-    monkeypatch.setattr(plans, "WEIGHT_ROWS", 64)
-    monkeypatch.setattr(plans, "_FORWARD_TOKENS", under.step)
+    use_small_slabs(monkeypatch, ORDER_ROWS=256, WEIGHT_ROWS=64)
 
 
 # Sharp states, so that most of the probability is in few blocks. V = 300 is ragged in blocks of 64, 128 and 256.

@@ -6,7 +6,7 @@ Letters: S completions, G groups of at most K completions of one prompt, N token
 import torch
 from torch import Tensor
 
-from isdaa_kernels.objectives.options import is_finite_number
+from isdaa_kernels.objectives.options import describe, is_finite_number
 
 SCALES = ("group", "batch", "none")
 BASELINES = ("mean", "leave_one_out", "none")
@@ -34,7 +34,7 @@ def group_advantages(
     for shapes, dtypes, names and numbers other than these. No host sync, but on the CPU.
     """
     if not isinstance(rewards, Tensor) or rewards.ndim != 1 or not rewards.is_floating_point():
-        raise ValueError(f"rewards: expected a floating tensor [S], got {_describe(rewards)}")
+        raise ValueError(f"rewards: expected a floating tensor [S], got {describe(rewards)}")
     for name, value, known in (("scale", scale, SCALES), ("baseline", baseline, BASELINES)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -117,9 +117,9 @@ def _check_rto(
     for name, tensor in by_token.items():
         if tuple(tensor.shape) != (N,) or (name == "mask" and tensor.dtype != torch.bool):
             expected = f"bool [{N}]" if name == "mask" else f"[{N}]"
-            raise ValueError(f"{name}: expected {expected}, got {_describe(tensor)}")
+            raise ValueError(f"{name}: expected {expected}, got {describe(tensor)}")
     if cu_seqlens.ndim != 1 or S < 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens: expected int32 or int64 [S + 1], got {_describe(cu_seqlens)}")
+        raise ValueError(f"cu_seqlens: expected int32 or int64 [S + 1], got {describe(cu_seqlens)}")
     if tuple(rewards.shape) != (S,):
         raise ValueError(f"rewards: expected [{S}], got {list(rewards.shape)}")
     if cu_seqlens.device.type == "cpu":
@@ -166,10 +166,6 @@ def _std(reward: Tensor, there: Tensor) -> Tensor:
     """Of each row, over what is there, that of a sample (n - 1); 0 where there are fewer than two."""
     squares = _from_mean(reward, there).square().sum(-1, keepdim=True)
     return (squares / (there.sum(-1, keepdim=True) - 1).clamp(min=1)).sqrt()
-
-
-def _describe(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _spread(value_S: Tensor, cu_seqlens: Tensor, N: int) -> Tensor:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from torch import Tensor
+
 # What an exponent in a loss is held at: e^80 fits in fp32 with room for the sums over a batch. Beyond it the gradient is 0.
 MAX_EXPONENT = 80.0
 
@@ -18,6 +20,11 @@ class Domain(NamedTuple):
 
 def is_finite_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def describe(value: object) -> str:
+    """What was got in the place of a tensor, for an error."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def number(sentence: str, inside: Callable[[float], bool]) -> Domain:

@@ -13,10 +13,8 @@ class KlKernels:
         self, *, policy, reference, inverse_temperature, tokens, targets, target_logit, count, partial, first, begin, end, direction,
         jsd_weight, **heads,
     ) -> None:  # fmt: skip
-        (_, S, T), token = (
-            partial.shape,
-            {"count": count, "partial": partial, "first": first, "begin": begin, "end": end},
-        )
+        _, S, T = partial.shape
+        token = {"count": count, "partial": partial, "first": first, "begin": begin, "end": end}
         if tokens is not None:
             launch(
                 "linear_kl_mixture", policy.device, policy=policy, reference=reference, stride_policy=policy.stride(0),
@@ -32,29 +30,14 @@ class KlKernels:
         )  # fmt: skip
 
     def kl_gradient_logits(
-        self,
-        *,
-        policy,
-        reference,
-        out,
-        low,
-        bias_sums,
-        targets,
-        tokens,
-        live,
-        begin,
-        end,
-        direction,
-        jsd_weight,
-        **heads,
-    ) -> None:
+        self, *, policy, reference, out, low, bias_sums, targets, tokens, live, begin, end, direction, jsd_weight, **heads,
+    ) -> None:  # fmt: skip
         assert low is None or low.stride() == out.stride()
         launch(
             "linear_kl_gradient", policy.device, policy=policy, reference=reference, out=out, low=low, out_dtype=out.dtype,
-            low_dtype=dtype_of(low),
-            targets=targets, tokens=tokens, live=live, bias_sums=bias_sums, T=len(policy), begin=begin, end=end,
-            stride_policy=policy.stride(0), stride_reference=reference.stride(0), stride_out=out.stride(0), low_factor=1 / LOW_SCALE,
-            direction=DIRECTIONS.index(direction), jsd_weight=jsd_weight, **_heads(**heads),
+            low_dtype=dtype_of(low), low_factor=1 / LOW_SCALE, targets=targets, tokens=tokens, live=live, bias_sums=bias_sums,
+            T=len(policy), begin=begin, end=end, stride_policy=policy.stride(0), stride_reference=reference.stride(0),
+            stride_out=out.stride(0), direction=DIRECTIONS.index(direction), jsd_weight=jsd_weight, **_heads(**heads),
         )  # fmt: skip
 
     def kl_combine(

@@ -24,9 +24,8 @@ _TOKEN_BYTES = (
 _ROUTED_BYTES = 40  # besides, where gradients are routed: size of the coefficient, block and place of the target, what they are made of
 _ORDER_BYTES = 32  # a vocabulary row: its place in the order of the blocks, bias in that order, mean distribution, sum for the bias
 _PARTIAL_BYTES = 24  # a token and slot: maximum, fp64 sum, three statistics
-_KL_TOKEN_BYTES = (
-    240  # besides, where two heads are compared: four fp64 numbers, coefficients, exponents, each slab's numbers
-)
+# Besides, where two heads are compared: four fp64 numbers, coefficients, exponents, each slab's numbers.
+_KL_TOKEN_BYTES = 240
 _KL_SLAB_BYTES = (
     160  # of a token in a slab of the forward: temperature, what the second pass reads, the targets' logits
 )
